@@ -1,0 +1,294 @@
+"""The configuration of a run: nested dataclasses, one docstring per field, validated before any work.
+
+A recipe is the YAML form of ``RunConfig``; every key can be overridden on the command line with its dotted name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tempo_fast.errors import InputError
+from tempo_fast.perturb import KINDS
+
+
+def _require(ok: bool, key: str, rule: str, value: Any) -> None:
+    if not ok:
+        raise InputError(f"config: {key} must be {rule}, got {value!r}")
+
+
+@dataclass
+class ModelConfig:
+    path: str = "tinyworld"
+    """Local directory of a transformers checkpoint; ``tinyworld`` is the small model shipped with the package."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Weights and activations. LoRA weights and the loss are always float32."""
+    device: str = "auto"
+    """``auto`` (CUDA when there is one), ``cpu``, ``cuda``."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's own choice."""
+
+
+@dataclass
+class DataConfig:
+    videos: str = ""
+    """Folder or glob of the training videos, or a text file with one path a line."""
+    prompts: str = ""
+    """Optional JSONL with fields video and prompt; empty draws from the built-in captioning instructions."""
+    sft: str = ""
+    """JSONL with fields id, video, prompt, response; empty skips the SFT stage."""
+    eval_truth: str = ""
+    """JSONL with fields video, description, events (held-out videos); empty skips captions and pairwise probes."""
+    eval_questions: str = ""
+    """JSONL with fields id, video, question, options, answer, type; empty skips multiple choice."""
+
+
+@dataclass
+class VideoConfig:
+    backend: Literal["auto", "pyav", "torchcodec", "dali-cpu", "dali-gpu"] = "auto"
+    """Decoder. ``auto`` takes dali-gpu with a CUDA device and DALI installed, else pyav. A missing one is an error."""
+    sampling: Literal["qwen_vl_utils", "hf_qwen2_vl"] = "qwen_vl_utils"
+    """Rule that turns (frames, fps) into indices: linspace + round, or transformers' arange + truncation."""
+    fps: float = 1.0
+    """Sampled frames per second."""
+    min_frames: int = 4
+    """Fewest sampled frames of a video."""
+    max_frames: int = 600
+    """Most sampled frames of a video."""
+    min_pixels: int = 3136
+    """Fewest pixels of a resized frame."""
+    max_pixels: int = 602112
+    """Most pixels of a resized frame (768 * 28 * 28)."""
+    total_pixels: int = 9_000_000
+    """Most pixels of all resized frames of a video together."""
+
+
+@dataclass
+class CurateConfig:
+    detector: Literal["pyscenedetect", "transnetv2"] = "pyscenedetect"
+    """Shot boundaries: PySceneDetect's content detector (light), or TransNetV2 (extra ``curate``)."""
+    threshold: float = 27.0
+    """PySceneDetect's content threshold (its default 27); for transnetv2 the many-hot probability (authors: .5)."""
+    min_shot_frames: int = 8
+    """Shots with fewer frames are dropped."""
+    min_shot_s: float = 0.2
+    """Shorter shots are dropped, in seconds."""
+    min_contrast: float = 10.0
+    """Shots whose grey level varies less (max - min of their middle frame) are dropped."""
+    min_shots: int = 4
+    """Fewest shots of a usable video."""
+    max_shots: int = 32
+    """Most shots of a usable video."""
+    max_shot_s: float = 16.0
+    """Longest shot of a usable video, in seconds."""
+    embedder: Literal["histogram", "siglip"] = "histogram"
+    """Image embedding of a shot's middle frame: colour histogram, or SigLIP through transformers."""
+    embedder_path: str = ""
+    """Local SigLIP checkpoint for ``embedder: siglip``."""
+    group_similarity: float = 0.8
+    """Shots merge while their (averaged) cosine similarity is above this. The value belongs to one embedder."""
+    min_clips: int = 4
+    """Fewest clips of a usable video."""
+    max_group_runs: int = 3
+    """A group may come back in at most this many runs, and in at most a third of the clips."""
+
+
+@dataclass
+class GenerationConfig:
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    """Who answers: this model through transformers, vLLM (extra), or an OpenAI-compatible endpoint."""
+    endpoint: str = ""
+    """Base URL for ``engine: openai``, such as http://127.0.0.1:8000/v1."""
+    batch_size: int = 32
+    """Prompts answered together by the transformers engine."""
+    temperature: float = 0.0
+    """0 is greedy. The authors aggregate at 0.7."""
+    repetition_penalty: float = 1.0
+    """The authors use 1.05."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+
+
+@dataclass
+class PairsConfig:
+    perturb_on: Literal["captions", "frames"] = "captions"
+    """``captions``: aggregate perturbed clip captions (official). ``frames``: show the model the perturbed clips."""
+    frames_answer: Literal["windows", "video"] = "windows"
+    """With ``frames``: re-caption the two-clip windows in perturbed order, or caption the perturbed video once."""
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    """Perturbations, of drop, shuffle, reverse: one rejected answer each."""
+    r: list[int] = field(default_factory=lambda: [16, 8, 4, 2])
+    """Difficulty factors; one file each."""
+    clip_input: Literal["keyframes", "frames"] = "keyframes"
+    """What a caption sees of a clip: its two keyframes (official) or its sampled frames."""
+    aggregate: Literal["model", "template"] = "model"
+    """Clip captions to a description: asked of the model, or joined in order."""
+    instruction: Literal["per_video", "per_pair"] = "per_video"
+    """One prompt per video, so that its pairs share a tree, or one per pair (official)."""
+    max_length_ratio: float = 1.5
+    """Shuffle and reverse pairs beyond this character-length ratio are dropped."""
+    max_videos: int = 0
+    """Use at most this many curated videos; 0 is all."""
+
+
+@dataclass
+class LoraConfig:
+    r: int = 32
+    """Rank."""
+    alpha: int = 64
+    """Scale is alpha / r."""
+    dropout: float = 0.05
+    """On the adapter's input."""
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "dpo"
+    """One of tempo_kernels.objectives: dpo, cdpo, robust, ipo, hinge, simpo, leanpo, rrpo, ..."""
+    options: dict[str, float] = field(default_factory=lambda: {"beta": 0.1, "sft_weight": 1.0})
+    """The objective's own options, as its docstring names them."""
+
+
+@dataclass
+class StageConfig:
+    r: int = 16
+    """Difficulty of the pairs of this stage."""
+    epochs: int = 1
+    """Passes over them."""
+    learning_rate: float = 0.0
+    """Peak; 0 takes train.learning_rate."""
+
+
+@dataclass
+class SFTConfig:
+    epochs: int = 1
+    """Passes over data.sft; 0 skips the stage."""
+    learning_rate: float = 1e-4
+    """Peak."""
+    alpha: int = 32
+    """LoRA alpha of the SFT adapter."""
+    batch_size: int = 16
+    """Records per optimizer step."""
+    vision_lora: bool = True
+    """Adapters on the vision tower too."""
+    max_steps: int = 0
+    """Stop after this many steps; 0 is all."""
+    control: bool = True
+    """Also run SFT alone from the base model, on the same data, as the control of the evaluation."""
+
+
+@dataclass
+class TrainConfig:
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss of the preference stages."""
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig(r=r) for r in (16, 8, 4, 2)])
+    """The curriculum, in order."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """The stage after the curriculum."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters of the preference stages (language model only)."""
+    learning_rate: float = 5e-6
+    """Peak of each stage."""
+    batch_size: int = 16
+    """Pairs per optimizer step over all ranks: in a tree of one chosen and three rejected the chosen counts thrice."""
+    max_tokens: int = 16384
+    """Token budget of one packed row; a record that is longer is an error."""
+    weight_decay: float = 0.1
+    """AdamW."""
+    adam_beta2: float = 0.95
+    """AdamW; beta1 is 0.9."""
+    warmup_ratio: float = 0.05
+    """Share of a stage's steps with linear warm-up; then cosine to 0."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 is off."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward."""
+    save_steps: int = 50
+    """Checkpoint every so many optimizer steps, and at the end of each stage."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept while a stage runs."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """Plain torch on one process, or DeepSpeed under torchrun."""
+    zero_stage: Literal[0, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    trees: bool = True
+    """One row per video for all its answers; false runs each answer as a row of its own (slow; same result)."""
+
+
+@dataclass
+class ReferenceConfig:
+    mode: Literal["base", "previous_stage"] = "base"
+    """``base``: one reference for all stages, one LoRA. ``previous_stage``: merge, refill, new LoRA (official)."""
+    store: str = ""
+    """Folder of the statistics; empty is <output_dir>/reference. Can be shared by runs."""
+
+
+@dataclass
+class EvalConfig:
+    r: list[int] = field(default_factory=lambda: [16, 8, 4, 2])
+    """Difficulties of the pairwise probe."""
+    max_videos: int = 0
+    """Use at most this many held-out videos; 0 is all."""
+    captions: bool = True
+    """Also generate free captions and score objects and order."""
+    stages: Literal["all", "ends"] = "all"
+    """Evaluate after every stage, or only base, last stage, SFT and control."""
+    bootstrap: int = 1000
+    """Resamples over videos for the 95 % intervals."""
+
+
+@dataclass
+class ReportConfig:
+    pairs: int = 2
+    """Film strips per kind and r."""
+    strip_frames: int = 24
+    """Frames of a film strip."""
+
+
+@dataclass
+class RunConfig:
+    output_dir: str = "runs/run"
+    """Everything a run writes goes below this folder."""
+    seed: int = 0
+    """Of every draw: data order, perturbations, adapters, bootstrap."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    curate: CurateConfig = field(default_factory=CurateConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def validate(self) -> None:
+        """Check everything that can be known without opening a file. Raises InputError naming the key."""
+        v, p, t = self.video, self.pairs, self.train
+        _require(v.fps > 0, "video.fps", "above 0", v.fps)
+        _require(1 <= v.min_frames <= v.max_frames, "video.min_frames", "in 1..video.max_frames", v.min_frames)
+        _require(0 < v.min_pixels <= v.max_pixels, "video.min_pixels", "in 1..video.max_pixels", v.min_pixels)
+        _require(0 < self.curate.group_similarity <= 1, "curate.group_similarity", "in (0, 1]", self.curate.group_similarity)
+        _require(self.curate.min_shots <= self.curate.max_shots, "curate.min_shots", "<= max_shots", self.curate.min_shots)
+        for kind in p.kinds:
+            _require(kind in KINDS, "pairs.kinds", f"of {', '.join(KINDS)}", kind)
+        _require(bool(p.kinds) and len(set(p.kinds)) == len(p.kinds), "pairs.kinds", "a non-empty set", p.kinds)
+        for r in p.r:
+            _require(r >= 2, "pairs.r", ">= 2", r)
+        for i, stage in enumerate(t.stages):
+            _require(stage.r in p.r, f"train.stages[{i}].r", f"one of pairs.r {p.r}", stage.r)
+            _require(stage.epochs >= 1, f"train.stages[{i}].epochs", ">= 1", stage.epochs)
+        _require(t.batch_size >= 1, "train.batch_size", ">= 1", t.batch_size)
+        _require(0 <= t.warmup_ratio < 1, "train.warmup_ratio", "in [0, 1)", t.warmup_ratio)
+        _require(t.save_steps >= 1, "train.save_steps", ">= 1", t.save_steps)
+        _require(t.lora.r >= 1, "train.lora.r", ">= 1", t.lora.r)
+        _require(t.engine == "deepspeed" or t.zero_stage == 0, "train.zero_stage", "0 without deepspeed", t.zero_stage)
+        _require(
+            self.generation.engine != "openai" or bool(self.generation.endpoint),
+            "generation.endpoint", "set for engine openai", self.generation.endpoint,
+        )
+        _require(
+            self.curate.embedder != "siglip" or bool(self.curate.embedder_path),
+            "curate.embedder_path", "set for embedder siglip", self.curate.embedder_path,
+        )
+        _require(bool(self.output_dir), "output_dir", "a folder", self.output_dir)

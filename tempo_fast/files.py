@@ -1,0 +1,124 @@
+"""Files and digests: atomic writes, JSON lines with line-numbered errors, content digests."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tempo_fast.errors import InputError
+
+
+def to_plain(obj: Any) -> Any:
+    """Dataclasses, paths, tuples and sets to what JSON can hold."""
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {f.name: to_plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+    if isinstance(obj, dict):
+        return {str(k): to_plain(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [to_plain(v) for v in obj]
+    if isinstance(obj, (set, frozenset)):
+        return sorted(to_plain(v) for v in obj)
+    if isinstance(obj, Path):
+        return str(obj)
+    return obj
+
+
+def canonical_json(obj: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, no NaN. What digests are taken of."""
+    return json.dumps(to_plain(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(obj: Any) -> str:
+    """SHA-256 (hex, 64 characters) of the canonical JSON of ``obj``."""
+    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a file's bytes. Raises InputError when it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[attr-defined]
+    except AttributeError:  # Python 3.10
+        h = hashlib.sha256()
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                h.update(block)
+        return h.hexdigest()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+    """Write to a temporary name beside ``path``, sync, rename: the file is complete or absent.
+
+    Raises InputError on a full disk, a read-only folder or a missing permission, naming the path.
+    """
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise InputError(f"{path}: cannot be written ({e.strerror})") from e
+        raise
+    finally:
+        tmp.unlink(missing_ok=True) if path.parent.is_dir() else None
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Readable JSON, written atomically."""
+    text = json.dumps(to_plain(obj), indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda f: f.write(text.encode()))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Raises InputError when the file is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e})") from e
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """One JSON object a line, written atomically."""
+
+    def write(f: BinaryIO) -> None:
+        for row in rows:
+            f.write(json.dumps(to_plain(row), ensure_ascii=False).encode() + b"\n")
+
+    write_atomic(path, write)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object). Raises InputError naming file and line."""
+    try:
+        f = open(path, encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    with f:
+        try:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise InputError(f"{path}:{number}: not valid JSON ({e})") from e
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}:{number}: expected an object, got {type(row).__name__}")
+                yield number, row
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path}: not UTF-8 text ({e.reason})") from e

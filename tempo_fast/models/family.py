@@ -1,0 +1,116 @@
+"""What a family of video LLMs must say about itself.
+
+Shapes: T tokens of the text sequence, G visual tokens, D hidden size, V vocabulary, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Grid(NamedTuple):
+    """Patches of one video in time, height and width (transformers' ``video_grid_thw``)."""
+
+    t: int
+    h: int
+    w: int
+
+
+@dataclass(frozen=True)
+class VideoGeometry:
+    """How a family cuts pixels: sizes in pixels, ``merge`` in patches, ``temporal`` in frames."""
+
+    patch: int
+    merge: int
+    temporal: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    sampling: str
+
+    @property
+    def factor(self) -> int:
+        """Height and width are multiples of this many pixels."""
+        return self.patch * self.merge
+
+    def grid(self, n_frames: int, height: int, width: int) -> Grid:
+        """Grid of ``n_frames`` resized frames; the last frame fills up an incomplete temporal patch."""
+        return Grid(-(-n_frames // self.temporal), height // self.patch, width // self.patch)
+
+    def tokens(self, grid: Grid) -> int:
+        """Language-model tokens of one video: the one count that text and pixels both use."""
+        return grid.t * grid.h * grid.w // self.merge**2
+
+
+@dataclass
+class Prompt:
+    """A tokenised prompt up to the point where the answer starts.
+
+    ``input_ids`` [T] with one visual placeholder per visual token, ``position_ids`` [3, T] (M-RoPE axes t, h, w),
+    ``visual`` [T] bool marks placeholders; ``grids`` of its videos in order.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    visual: Tensor
+    grids: list[Grid] = field(default_factory=list)
+
+    @property
+    def next_position(self) -> int:
+        """Where every branch starts: the largest prompt position over all axes, plus one."""
+        return int(self.position_ids.max()) + 1
+
+
+class Family(Protocol):
+    """One instance per family; stateless."""
+
+    name: str
+    lora_targets: str
+    """Regular expression for peft: the linear layers of the language model, never vision, projector or head."""
+    vision_lora_targets: str
+    """The linear layers of the vision tower (SFT with ``vision_lora``)."""
+
+    def load(self, path: str, dtype: torch.dtype) -> nn.Module:
+        """The ``ForConditionalGeneration`` class from a local directory."""
+        ...
+
+    def geometry(self, config: Any) -> VideoGeometry:
+        """From the model's transformers config."""
+        ...
+
+    def build_prompt(self, tokenizer: Any, config: Any, text: str, grids: Sequence[Grid]) -> Prompt:
+        """Chat prompt with the videos before the text, generation prompt included."""
+        ...
+
+    def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
+        """Tokens of an answer, its end-of-turn token last."""
+        ...
+
+    def encode_vision(self, model: nn.Module, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """One vision call for all videos: pixel_values [P, C*t*p*p] -> features [G, D]."""
+        ...
+
+    def hidden_states(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        visual: Tensor,
+        features: Tensor | None,
+    ) -> Tensor:
+        """input_ids [B, T], position_ids [3, B, T], additive or bool 4-D mask [B, 1, T, T] or None (causal),
+        visual [B, T] bool, features [G, D] in reading order -> last hidden states [B, T, D], before the head."""
+        ...
+
+    def head(self, model: nn.Module) -> nn.Module:
+        """The vocabulary head (a linear layer, weight [V, D])."""
+        ...
+
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        """The vision encoder with its projector."""
+        ...

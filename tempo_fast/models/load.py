@@ -1,0 +1,83 @@
+"""Loading a model with everything that goes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tempo_fast.errors import InputError
+from tempo_fast.files import digest, file_digest
+from tempo_fast.models import get_family
+from tempo_fast.models.family import Family, VideoGeometry
+
+TINYWORLD_BASE = Path(__file__).resolve().parent.parent / "tinyworld" / "base"
+
+
+@dataclass
+class Bundle:
+    """A model, its tokenizer, and what its family says of it."""
+
+    model: nn.Module
+    tokenizer: Any
+    family: Family
+    config: Any
+    geometry: VideoGeometry
+    device: torch.device
+    dtype: torch.dtype
+    path: str
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 over the checkpoint's weight files: the identity of the base model."""
+        return weights_digest(self.path)
+
+
+def resolve_path(path: str) -> Path:
+    """The directory of a checkpoint; ``tinyworld`` is the embedded one. Raises InputError when it is not one."""
+    folder = TINYWORLD_BASE if path == "tinyworld" else Path(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.path: {folder} is not a checkpoint directory (no config.json)")
+    return folder
+
+
+def weights_digest(path: str) -> str:
+    """SHA-256 (hex) over names and bytes of all safetensors files of a checkpoint directory."""
+    folder = resolve_path(path)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"model.path: {folder} holds no .safetensors weights")
+    return digest([[f.name, file_digest(f)] for f in files])
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA when there is one. Raises InputError for CUDA without a device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("model.device: cuda was asked for and torch finds no CUDA device")
+    return torch.device(name)
+
+
+def load_bundle(path: str, dtype: str = "float32", device: str = "auto") -> Bundle:
+    """Load a checkpoint directory, frozen and in eval mode.
+
+    Args:
+        path: directory, or ``tinyworld``.
+        dtype: ``float32`` or ``bfloat16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = str(resolve_path(path))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family = get_family(config.model_type)
+    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    where = pick_device(device)
+    model = family.load(folder, torch_dtype).to(where).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return Bundle(model, tokenizer, family, config, family.geometry(config), where, torch_dtype, folder)

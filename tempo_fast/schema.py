@@ -1,0 +1,173 @@
+"""What flows between the rooms: plain dataclasses, read and written as JSON lines.
+
+Frame numbers count presented frames from 0; intervals are half-open; times are seconds from the first presented frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tempo_fast.errors import InputError
+from tempo_fast.files import digest, read_jsonl
+
+
+@dataclass
+class Clip:
+    """A run of consecutive shots of one group: the unit of perturbation."""
+
+    start_frame: int
+    end_frame: int
+    start_s: float
+    end_s: float
+    group: int
+    keyframes: list[int]
+
+
+@dataclass
+class Clips:
+    """One curated video."""
+
+    video: str
+    digest: str
+    n_frames: int
+    duration_s: float
+    shots: list[list[int]]
+    shot_groups: list[int]
+    clips: list[Clip]
+
+    @staticmethod
+    def from_row(row: dict[str, Any]) -> Clips:
+        return Clips(**{**row, "clips": [Clip(**c) for c in row["clips"]]})
+
+
+@dataclass
+class Rejected:
+    """One rejected answer and how it came about.
+
+    ``order`` are the clip indices it was built from; ``broken`` and ``kept`` measure the perturbation (perturb.py);
+    ``spans`` are character ranges [start, end) of ``text`` that differ from the chosen answer (RRPO).
+    """
+
+    text: str
+    kind: str
+    r: int
+    order: list[int] = field(default_factory=list)
+    broken: float = 0.0
+    kept: float = 1.0
+    spans: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class PreferenceRecord:
+    """One prompt about one video, its chosen answer and 1..k rejected ones. One record becomes one response tree."""
+
+    id: str
+    video: str
+    prompt: str
+    chosen: str
+    rejected: list[Rejected]
+    r: int
+    spans: list[list[int]] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_row(row: dict[str, Any]) -> PreferenceRecord:
+        return PreferenceRecord(**{**row, "rejected": [Rejected(**x) for x in row["rejected"]]})
+
+    def content_digest(self) -> str:
+        """Of everything that reaches the model; independent of ids and provenance."""
+        return digest([self.video, self.prompt, self.chosen, [x.text for x in self.rejected]])
+
+
+@dataclass
+class SFTRecord:
+    """One prompt about one video (``video`` may be empty: text only) and the answer to imitate."""
+
+    id: str
+    video: str
+    prompt: str
+    response: str
+
+
+@dataclass
+class Question:
+    """A multiple-choice temporal question; ``answer`` indexes ``options``."""
+
+    id: str
+    video: str
+    question: str
+    options: list[str]
+    answer: int
+    type: str = "other"
+
+
+@dataclass
+class Truth:
+    """What is known to happen in a held-out video: its description and its events in order."""
+
+    video: str
+    description: str
+    events: list[str]
+
+
+T = TypeVar("T")
+
+
+def read_records(path: str | Path, cls: type[T]) -> list[T]:
+    """Read JSON lines as ``cls``; unknown keys are ignored, so that files may carry more than we need.
+
+    Raises:
+        InputError: naming file, line and field, when a required field is missing, empty or of the wrong type.
+    """
+    return list(_parse(path, cls))
+
+
+def _parse(path: str | Path, cls: type[T]) -> Iterator[T]:
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    required = [
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        for name in required:
+            if name not in row:
+                raise InputError(f"{where}: field '{name}' is missing")
+            if row[name] == "" and name != "video" or row[name] is None or row[name] == [] and name == "rejected":
+                raise InputError(f"{where}: field '{name}' is empty")
+        for name, f in fields.items():
+            if name in row:
+                _check_type(where, name, row[name], str(f.type))
+        kept = {k: v for k, v in row.items() if k in fields}
+        try:
+            yield cls.from_row(kept) if hasattr(cls, "from_row") else cls(**kept)  # type: ignore[attr-defined]
+        except (TypeError, KeyError) as e:
+            raise InputError(f"{where}: {e}") from e
+
+
+_PLAIN = {"str": str, "int": int, "float": (int, float)}
+
+
+def _check_type(where: str, name: str, value: Any, annotation: str) -> None:
+    expected: Any = list if annotation.startswith("list") else dict if annotation.startswith("dict") else None
+    expected = expected or _PLAIN.get(annotation)
+    if expected is not None and not isinstance(value, expected):
+        raise InputError(f"{where}: field '{name}' must be {annotation}, got {type(value).__name__}")
+
+
+def events_of(description: str) -> list[str]:
+    """Sentences of a description, in order: the unit that order and object scores count."""
+    parts = [p.strip() for p in description.replace("\n", " ").split(".")]
+    return [p + "." for p in parts if p]
+
+
+def resolve_videos(records: Sequence[Any], root: str | Path) -> None:
+    """Make the records' relative video paths absolute against ``root``, in place."""
+    for record in records:
+        if record.video and not Path(record.video).is_absolute():
+            record.video = str((Path(root) / record.video).resolve())

@@ -221,6 +221,8 @@ class ReferenceConfig:
     """``base``: one reference for all stages, one LoRA. ``previous_stage``: merge, refill, new LoRA (official)."""
     store: str = ""
     """Folder of the statistics; empty is <output_dir>/reference. Can be shared by runs."""
+    kl: Literal["objective", "always"] = "objective"
+    """Store what the exact KL needs only when the objective uses it, or always, so that the KL is logged."""
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Video files to pixels: probe, frame sampling, decoders, preprocessing."""

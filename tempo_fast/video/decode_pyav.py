@@ -1,0 +1,115 @@
+"""PyAV: every codec FFmpeg reads, exact frames, on the CPU."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tempo_fast.video.container import DecodeError, open_video
+from tempo_fast.video.decode import check_indices
+from tempo_fast.video.probe import VideoInfo, display_transform, probe
+
+
+class PyAVDecoder:
+    """Seeks to the keyframe before a frame and decodes on to its exact timestamp; counts frames from the start where
+    the probe found that timestamps cannot be trusted."""
+
+    name = "pyav"
+    route = "pyav/swscale"
+
+    def decode(self, path: str | os.PathLike[str], indices: Sequence[int]) -> Tensor:
+        """See ``Decoder.decode``."""
+        info = probe(path)
+        wanted = check_indices(info, indices)
+        distinct = sorted(set(wanted))
+        row = {index: k for k, index in enumerate(distinct)}
+        out: np.ndarray | None = None
+        for index, image in self.iterate(info, distinct):
+            if out is None:
+                out = np.empty((len(distinct), *image.shape), np.uint8)
+            out[row[index]] = image
+        assert out is not None
+        frames = torch.from_numpy(out)
+        return frames if wanted == distinct else frames[[row[i] for i in wanted]]
+
+    def iterate(self, info: VideoInfo, distinct: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (index, uint8 [H, W, 3]) for ascending distinct indices, one frame in memory at a time."""
+        last = -1
+        with open_video(info.path) as (container, stream):
+            frames = (
+                self._seeking(info, distinct, container, stream)
+                if info.indexed
+                else self._counting(info, distinct, container, stream)
+            )
+            for index, frame in frames:
+                last = index
+                yield index, to_rgb(info, frame)
+        if last != distinct[-1]:
+            missing = next(i for i in distinct if i > last)
+            raise DecodeError(f"{info.path}: frame {missing} cannot be decoded (the stream ends before it)")
+
+    def _counting(
+        self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any
+    ) -> Iterator[tuple[int, Any]]:
+        wanted = set(distinct)
+        for i, frame in enumerate(container.decode(stream)):
+            if i in wanted:
+                if frame.is_corrupt:
+                    raise DecodeError(f"{info.path}: frame {i} is damaged")
+                yield i, frame
+            if i >= distinct[-1]:
+                return
+
+    def _seeking(
+        self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any
+    ) -> Iterator[tuple[int, Any]]:
+        frames: Iterator[Any] = iter(())
+        at, from_start = -1, False  # the last frame number that came out; -1: nothing yet
+
+        def restart(keyframe: int, seek_tick: int | None) -> Iterator[Any]:
+            # A seek that lands anywhere else than at or before the keyframe shows in the timestamps below.
+            container.seek(info.ticks[0] if seek_tick is None else seek_tick, stream=stream)
+            stream.codec_context.flush_buffers()
+            return container.decode(stream)
+
+        for index in distinct:
+            k = max(0, bisect.bisect_right(info.keyframes, index) - 1)
+            if at < 0 or info.keyframes[k] > at + 1:
+                frames, from_start = restart(info.keyframes[k], info.seek_ticks[k]), k == 0
+                at = -1
+            found = self._advance(info, frames, index)
+            if found is None and not from_start:
+                # Not where the index said, or damaged without its predecessors: decode from the first frame.
+                frames, from_start = restart(0, info.seek_ticks[0]), True
+                found = self._advance(info, frames, index)
+            if found is None:
+                raise DecodeError(f"{info.path}: frame {index} cannot be decoded exactly")
+            at = index
+            yield index, found
+
+    @staticmethod
+    def _advance(info: VideoInfo, frames: Iterator[Any], index: int) -> Any | None:
+        """The frame whose timestamp is exactly that of ``index``, or None when decoding passes it or it is damaged."""
+        target = info.ticks[index]
+        for frame in frames:
+            if frame.pts is None or frame.pts > target:
+                return None
+            if frame.pts == target:
+                return None if frame.is_corrupt else frame
+        return None
+
+
+def to_rgb(info: VideoInfo, frame: Any) -> np.ndarray:
+    """uint8 [H, W, 3] as displayed. Raises DecodeError when the picture size changes inside the file."""
+    image = display_transform(info.path, frame).apply(frame.to_ndarray(format="rgb24"))
+    if image.shape[:2] != (info.height, info.width):
+        raise DecodeError(
+            f"{info.path}: the picture changes from {info.width}x{info.height} to {image.shape[1]}x{image.shape[0]}"
+        )
+    return image

@@ -1,0 +1,43 @@
+"""Decoded frames to model input: one route for every decoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tempo_fast.models.family import VideoGeometry
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [F, H, W, 3] -> uint8 [F, height, width, 3]: bicubic with antialias.
+
+    torch's uint8 kernel on the CPU, which is what the Hugging Face processors run (pixels equal to 1e-6 after
+    normalising); on other devices float32 with rounding, which can differ by one level in places.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"resize takes uint8 [F, H, W, 3], got {frames.dtype} {tuple(frames.shape)}")
+    if frames.shape[1:3] == (height, width):
+        return frames
+    x = frames.permute(0, 3, 1, 2)
+    if frames.device.type == "cpu":
+        y = F.interpolate(x.contiguous(), size=(height, width), mode="bicubic", antialias=True)
+    else:
+        y = F.interpolate(x.float(), size=(height, width), mode="bicubic", antialias=True)
+        y = y.round_().clamp_(0, 255).to(torch.uint8)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def to_patches(frames: Tensor, geometry: VideoGeometry, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [F, H, W, 3], sides multiples of the geometry's factor -> [P, 3 * temporal * patch * patch] normalised."""
+    from tempo_kernels.patchify import patchify
+
+    return patchify(
+        frames,
+        patch=geometry.patch,
+        merge=geometry.merge,
+        temporal=geometry.temporal,
+        mean=geometry.mean,
+        std=geometry.std,
+        dtype=dtype,
+    )

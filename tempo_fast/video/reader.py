@@ -1,0 +1,167 @@
+"""From a file and frame numbers to the patches a model takes, by way of a plan that costs no decoding.
+
+Shapes: F frames, P patches, C channels, tp and p temporal and spatial patch size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tempo_fast.config import VideoConfig
+from tempo_fast.errors import InputError
+from tempo_fast.files import digest
+from tempo_fast.models.family import Grid, VideoGeometry
+from tempo_fast.video.decode import check_indices, open_decoder
+from tempo_fast.video.preprocess import resize, to_patches
+from tempo_fast.video.probe import VideoInfo, probe
+from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_max_pixels
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """What will be read: everything that decides the pixels, before any is decoded.
+
+    ``indices`` frame numbers in the order shown; ``timestamps`` seconds, ascending; ``height`` and ``width`` pixels after
+    resizing; ``rule`` sampling, resize, decoder and colour route and pixel budget, as text.
+    """
+
+    path: str
+    digest: str
+    indices: tuple[int, ...]
+    timestamps: tuple[float, ...]
+    height: int
+    width: int
+    grid: Grid
+    rule: str
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 (hex) of all of the above but the path: the same bytes under another name are the same video."""
+        times = [round(t, 6) for t in self.timestamps]
+        return digest([self.digest, self.indices, times, self.height, self.width, list(self.grid), self.rule])
+
+
+class VideoReader:
+    """Plans and reads videos by one configuration and one model geometry.
+
+    Args:
+        config: sampling rule, rates and pixel budget.
+        geometry: the model family's patches.
+        device: where frames are resized and patches land.
+
+    Raises:
+        InputError: the decoder asked for is missing.
+    """
+
+    def __init__(self, config: VideoConfig, geometry: VideoGeometry, device: str | torch.device = "cpu") -> None:
+        self.config = config
+        self.geometry = geometry
+        self.device = torch.device(device)
+        self.decoder = open_decoder(config.backend, self.device)
+
+    def info(self, path: str | os.PathLike[str]) -> VideoInfo:
+        """The file's facts (cached). Raises DecodeError."""
+        return probe(path)
+
+    def plan(self, path: str | os.PathLike[str], indices: Sequence[int] | None = None) -> FramePlan:
+        """Plan the given frames in the given order, or the sampled frames of the whole file."""
+        info = probe(path)
+        if indices is None:
+            indices = self._sample(info, 0, info.n_frames, self.config.min_frames)
+        chosen = check_indices(info, indices)
+        times = [info.pts_s[i] for i in chosen]
+        if any(b < a for a, b in zip(times, times[1:], strict=False)):
+            times = self._even_times(len(chosen))
+        return self._make(info, chosen, times)
+
+    plan_indices = plan
+
+    def plan_range(self, path: str | os.PathLike[str], start_frame: int, end_frame: int) -> FramePlan:
+        """Plan one clip [start_frame, end_frame): its frames at ``config.fps``, at least one temporal patch of them."""
+        info = probe(path)
+        return self.plan(path, self._range(info, start_frame, end_frame))
+
+    def plan_clips(self, path: str | os.PathLike[str], ranges: Sequence[tuple[int, int]]) -> FramePlan:
+        """Plan clips one after the other, in the order given: the perturbed video.
+
+        Each clip is sampled as in ``plan_range``; more than ``max_frames`` in all are thinned evenly. Timestamps run on at
+        the sampled rate, so that they do not give the perturbation away.
+        """
+        info = probe(path)
+        indices = [i for start, end in ranges for i in self._range(info, start, end)]
+        if not indices:
+            raise InputError(f"{info.path}: no clips to show")
+        most = max(self.geometry.temporal, self.config.max_frames // self.geometry.temporal * self.geometry.temporal)
+        indices = thin(indices, most)
+        return self._make(info, indices, self._even_times(len(indices)))
+
+    def frames(self, plan: FramePlan) -> Tensor:
+        """uint8 [F, H, W, 3] at native size, on the decoder's device. Raises DecodeError."""
+        self._check_unchanged(plan)
+        return self.decoder.decode(plan.path, plan.indices)
+
+    def pixels(self, plan: FramePlan) -> Tensor:
+        """float32 [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
+        frames = self.frames(plan).to(self.device)
+        if plan.height * plan.width < frames.shape[1] * frames.shape[2] and len(set(plan.indices)) < len(plan.indices):
+            # Repeats are resized once.
+            distinct = sorted(set(plan.indices))
+            first = [plan.indices.index(i) for i in distinct]
+            small = resize(frames[first], plan.height, plan.width)
+            frames = small[[distinct.index(i) for i in plan.indices]]
+        else:
+            frames = resize(frames, plan.height, plan.width)
+        return to_patches(frames, self.geometry)
+
+    def _range(self, info: VideoInfo, start: int, end: int) -> list[int]:
+        if not 0 <= start < end <= info.n_frames:
+            raise InputError(f"{info.path}: clip [{start}, {end}) is not inside its {info.n_frames} frames")
+        return [start + i for i in self._sample(info, start, end, self.geometry.temporal)]
+
+    def _sample(self, info: VideoInfo, start: int, end: int, min_frames: int) -> list[int]:
+        return sample_frames(
+            self.config.sampling,
+            end - start,
+            info.fps,
+            fps=self.config.fps,
+            min_frames=min_frames,
+            max_frames=max(min_frames, self.config.max_frames),
+            temporal=self.geometry.temporal,
+        )
+
+    def _even_times(self, n: int) -> list[float]:
+        return [i / self.config.fps for i in range(n)]
+
+    def _make(self, info: VideoInfo, indices: Sequence[int], times: Sequence[float]) -> FramePlan:
+        c, g = self.config, self.geometry
+        budget = video_max_pixels(c, len(indices), g)
+        try:
+            h, w = smart_resize(info.height, info.width, factor=g.factor, min_pixels=c.min_pixels, max_pixels=budget)
+        except ValueError as e:
+            raise InputError(f"{info.path}: {e}") from e
+        rule = (
+            f"sampling={c.sampling};fps={c.fps:g};resize=bicubic-antialias-u8;decoder={self.decoder.name};"
+            f"color={self.decoder.route}:{info.color_space}:{info.color_range};"
+            f"pixels={c.min_pixels}..{budget};patch={g.patch}x{g.merge}x{g.temporal}"
+        )
+        return FramePlan(
+            path=info.path,
+            digest=info.digest,
+            indices=tuple(indices),
+            timestamps=tuple(times),
+            height=h,
+            width=w,
+            grid=g.grid(len(indices), h, w),
+            rule=rule,
+        )
+
+    @staticmethod
+    def _check_unchanged(plan: FramePlan) -> None:
+        if probe(plan.path).digest != plan.digest:
+            raise InputError(f"{plan.path}: the file has changed since it was planned")

@@ -1,0 +1,1 @@
+"""Response trees: one prompt with its videos, k answers, one row. Layout, packing, vision, forward."""

@@ -1,0 +1,173 @@
+"""Visual features: one vision call per micro-batch, and none for videos that are in the cache.
+
+Shapes: G visual tokens of all videos together, P patches, D hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tempo_fast.models.family import Family, Grid
+
+
+class PixelSource(Protocol):
+    def pixels(self, plan: Any) -> Tensor:
+        """The model's input of one video, [P, C*t*p*p]."""
+        ...
+
+
+def encode(
+    family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any], *, grad: bool = False
+) -> Tensor | None:
+    """Decode and encode ``plans`` with one vision call.
+
+    Args:
+        grad: True keeps the graph and the tower's own mode, for the forward where the tower trains; every distinct
+            video is encoded once and its features are repeated where ``plans`` repeat it. False: eval mode, no graph.
+
+    Returns:
+        [G, D] in the order of ``plans``, or None when there are none.
+    """
+    return _encode(family, model, reader, plans, grad)[0]
+
+
+def _encode(
+    family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any], grad: bool
+) -> tuple[Tensor | None, float]:
+    """``encode`` and the seconds spent waiting for pixels."""
+    if not plans:
+        return None, 0.0
+    distinct = list({plan.key: plan for plan in plans}.values())
+    tower = family.vision_tower(model)
+    weight = next(tower.parameters())
+    start = time.perf_counter()
+    pixels = torch.cat([reader.pixels(plan).to(weight.device) for plan in distinct])
+    waited = time.perf_counter() - start
+    grids = [Grid(*plan.grid) for plan in distinct]
+    if grad:
+        features = family.encode_vision(model, pixels, grids)
+    else:
+        with torch.no_grad(), evaluating(tower):
+            features = family.encode_vision(model, pixels, grids)
+    if len(distinct) == len(plans):
+        return features, waited
+    pieces = dict(zip([p.key for p in distinct], _split(features, distinct), strict=True))
+    return torch.cat([pieces[plan.key] for plan in plans]), waited
+
+
+def _split(features: Tensor, plans: Sequence[Any]) -> tuple[Tensor, ...]:
+    # features per video are proportional to its patches, whatever the family merges
+    patches = [int(Grid(*p.grid).t * Grid(*p.grid).h * Grid(*p.grid).w) for p in plans]
+    total, n = sum(patches), len(features)
+    sizes = [p * n // total for p in patches]
+    if sum(sizes) != n:
+        raise ValueError(f"{n} visual features do not divide over {total} patches")
+    return features.split(sizes)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Any:
+    """Eval mode inside, every submodule's own mode restored after."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+class FeatureCache:
+    """Features of a frozen vision tower in memory, least recently used first out.
+
+    An entry belongs to the pixels (``plan.key``) and to the state of the tower: any in-place change of its weights, a
+    merged, disabled or added adapter makes new entries, so a stale one is never served.
+
+    Attributes:
+        hits, misses: videos found, videos encoded.
+        decode_seconds: time spent in ``reader.pixels``, decoding and preprocessing.
+        encode_seconds: time spent in the vision tower.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self.decode_seconds = self.encode_seconds = 0.0
+        self.n_bytes = 0
+        self._entries: OrderedDict[tuple[str, Any], Tensor] = OrderedDict()
+        self._towers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._count = itertools.count()
+
+    def features(self, family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any]) -> Tensor | None:
+        """Features [G, D] of ``plans`` in order, without graph, the tower in eval mode; None when there are none.
+
+        Videos that are not cached are encoded together in one vision call.
+        """
+        if not plans:
+            return None
+        tower = family.vision_tower(model)
+        tag = self._tag(tower)
+        found: dict[str, Tensor] = {}
+        todo: dict[str, Any] = {}
+        for plan in plans:
+            if plan.key in found or plan.key in todo:
+                continue
+            entry = self._entries.get((plan.key, tag))
+            if entry is None:
+                todo[plan.key] = plan
+            else:
+                self._entries.move_to_end((plan.key, tag))
+                found[plan.key] = entry
+        self.hits += len(found)
+        self.misses += len(todo)
+        if todo:
+            start = time.perf_counter()
+            new, waited = _encode(family, model, reader, list(todo.values()), False)
+            self.decode_seconds += waited
+            self.encode_seconds += time.perf_counter() - start - waited
+            assert new is not None
+            for plan, piece in zip(todo.values(), _split(new, list(todo.values())), strict=True):
+                found[plan.key] = piece
+                # a slice would keep the whole call's features alive
+                self._keep((plan.key, tag), piece if len(todo) == 1 else piece.clone())
+        return torch.cat([found[plan.key] for plan in plans]) if len(plans) > 1 else found[plans[0].key]
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.n_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _keep(self, key: tuple[str, Any], value: Tensor) -> None:
+        size = value.numel() * value.element_size()
+        if size > self.max_bytes:
+            return
+        self._entries[key] = value
+        self.n_bytes += size
+        while self.n_bytes > self.max_bytes:
+            _, old = self._entries.popitem(last=False)
+            self.n_bytes -= old.numel() * old.element_size()
+
+    def _tag(self, tower: nn.Module) -> Any:
+        if tower not in self._towers:
+            self._towers[tower] = next(self._count)
+        weights = hash(tuple((name, p._version) for name, p in tower.named_parameters()))
+        adapters = hash(
+            tuple(
+                (name, m.disable_adapters, tuple(m.active_adapters), m.merged)
+                for name, m in tower.named_modules()
+                # peft's tuner layers; transformers models have methods of the same names
+                if isinstance(getattr(type(m), "disable_adapters", None), property)
+            )
+        )
+        return self._towers[tower], weights, adapters

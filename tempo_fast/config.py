@@ -30,9 +30,22 @@ class ModelConfig:
 
 
 @dataclass
+class TinyworldConfig:
+    train: int = 48
+    """Generated training videos."""
+    heldout: int = 24
+    """Generated held-out videos for the probes."""
+    seed: int = 0
+    """Of the world; the base model was trained on other seeds."""
+
+
+@dataclass
 class DataConfig:
     videos: str = ""
-    """Folder or glob of the training videos, or a text file with one path a line."""
+    """Folder or glob of the training videos, or a text file with one path a line; ``tinyworld`` generates them, with the
+    SFT, truth and question files below, under <output_dir>/world."""
+    tinyworld: TinyworldConfig = field(default_factory=TinyworldConfig)
+    """Size of the generated world for ``videos: tinyworld``."""
     prompts: str = ""
     """Optional JSONL with fields video and prompt; empty draws from the built-in captioning instructions."""
     sft: str = ""

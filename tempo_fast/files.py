@@ -122,3 +122,27 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
                 yield number, row
         except UnicodeDecodeError as e:
             raise InputError(f"{path}: not UTF-8 text ({e.reason})") from e
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """Flush every file below ``folder`` to disk, so that a rename after it never exposes a torn one."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def replace_folder(tmp: Path, folder: Path) -> None:
+    """Put a fully written ``tmp`` in the place of ``folder``: at no moment is a half-written one visible."""
+    import shutil
+
+    sync_tree(tmp)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

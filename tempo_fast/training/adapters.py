@@ -1,0 +1,111 @@
+"""LoRA through peft: attach, load, save, merge. Saved keys are those of the ForConditionalGeneration class."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tempo_fast.config import LoraConfig
+from tempo_fast.errors import InputError
+from tempo_fast.files import replace_folder, write_json
+from tempo_fast.models.load import Bundle, load_bundle
+from tempo_fast.runtime.seeds import generator
+
+
+def attach_lora(bundle: Bundle, lora: LoraConfig, *, seed: int, vision: bool = False) -> nn.Module:
+    """Wrap the bundle's model with a fresh float32 adapter on the language model (and the vision tower).
+
+    The initialisation depends on ``seed`` alone; torch's global generator is left as it was.
+    """
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    family = bundle.family
+    targets = f"({family.lora_targets})|({family.vision_lora_targets})" if vision else family.lora_targets
+    settings = PeftLora(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator(seed, "lora").initial_seed()))
+        model = get_peft_model(bundle.model, settings)
+    _check_matched(model, bundle)
+    bundle.model = model
+    return model
+
+
+def load_lora(bundle: Bundle, folder: Path, *, trainable: bool) -> nn.Module:
+    """Wrap the bundle's model with a saved adapter. Raises InputError when the folder holds none."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder}: no adapter_config.json there")
+    bundle.model = PeftModel.from_pretrained(bundle.model, str(folder), is_trainable=trainable)
+    _check_matched(bundle.model, bundle)
+    return bundle.model
+
+
+def _check_matched(model: nn.Module, bundle: Bundle) -> None:
+    names = [n for n, _ in model.named_parameters() if "lora_" in n]
+    if not names:
+        raise InputError(f"model.path: no layer of {bundle.path} matches the LoRA targets of {bundle.family.name}")
+    if any("lm_head" in n for n in names):
+        raise InputError("an adapter on the vocabulary head cannot be trained on cached statistics; leave it out")
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter, in a fixed order."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_lora(model: Any, folder: Path, base: str) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``: complete or absent."""
+    model.peft_config["default"].base_model_name_or_path = base
+    tmp = _aside(folder)
+    model.save_pretrained(str(tmp), safe_serialization=True)
+    replace_folder(tmp, folder)
+
+
+def merge_lora(
+    base: str, adapter: Path, out: Path, *, device: str = "auto", note: dict[str, Any] | None = None
+) -> float:
+    """Fold an adapter into its base in float32 and write a directory that ``from_pretrained`` loads.
+
+    ``merge.json`` beside the weights holds ``note`` (where it came from) and the rounding error.
+
+    Returns:
+        The largest absolute rounding error of a merged weight against float32; 0 where the base is float32.
+    """
+    from transformers import AutoConfig
+
+    stored = AutoConfig.from_pretrained(base, local_files_only=True).dtype or torch.float32
+    bundle = load_bundle(base, "float32", device)
+    merged = load_lora(bundle, adapter, trainable=False).merge_and_unload()  # type: ignore[operator]
+    error = 0.0
+    for parameter in merged.parameters():
+        rounded = parameter.data.to(stored)
+        error = max(error, float((rounded.float() - parameter.data).abs().max()) if parameter.numel() else 0.0)
+        parameter.data = rounded
+    merged.config.dtype = stored
+    tmp = _aside(out)
+    merged.save_pretrained(str(tmp), safe_serialization=True)
+    for name in Path(bundle.path).iterdir():
+        wanted = name.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in name.name
+        if name.is_file() and wanted and name.name not in ("card.json", "merge.json") and not (tmp / name.name).exists():
+            shutil.copy2(name, tmp / name.name)
+    write_json(tmp / "merge.json", {**(note or {}), "max_rounding_error": error})
+    replace_folder(tmp, out)
+    return error
+
+
+def _aside(folder: Path) -> Path:
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be written ({e.strerror})") from e
+    return tmp

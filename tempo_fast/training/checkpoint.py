@@ -1,0 +1,93 @@
+"""Checkpoints of a stage: complete or absent, refused when they belong to another configuration.
+
+``<stage>/checkpoint-<step>/`` holds the engine's state (adapter weights, optimizer) and ``trainer_state.json``. Dropout is
+seeded per step and data order is a function of the step, so nothing else is needed to resume bit-equal.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tempo_fast.errors import InputError
+from tempo_fast.files import canonical_json, read_json, replace_folder, write_json
+from tempo_fast.runtime.ranks import Ranks
+
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def list_checkpoints(stage_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the complete checkpoints, oldest first."""
+    found = []
+    for path in stage_dir.glob("checkpoint-*"):
+        match = _NAME.match(path.name)
+        if match and (path / "trainer_state.json").is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def save_checkpoint(
+    stage_dir: Path, step: int, engine_state: dict[str, Any], identity: dict[str, Any], ranks: Ranks, *, keep: int
+) -> None:
+    """Write aside, sync, rename; then drop all but the ``keep`` newest. Every rank writes its own engine state."""
+    tmp = stage_dir / f".checkpoint-{step}.tmp"
+    if ranks.rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        try:
+            tmp.mkdir(parents=True)
+        except OSError as e:
+            raise InputError(f"{stage_dir}: a checkpoint cannot be written ({e.strerror})") from e
+    ranks.barrier()
+    try:
+        torch.save(engine_state, tmp / f"engine_rank{ranks.rank}.pt")
+    except (OSError, RuntimeError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise InputError(f"{stage_dir}: checkpoint {step} cannot be written ({e})") from e
+    ranks.barrier()
+    if ranks.rank == 0:
+        write_json(tmp / "trainer_state.json", {"stage_step": step, "world": ranks.world, "identity": identity})
+        replace_folder(tmp, stage_dir / f"checkpoint-{step}")
+        for _, old in list_checkpoints(stage_dir)[:-keep]:
+            shutil.rmtree(old)
+    ranks.barrier()
+
+
+def load_newest(stage_dir: Path, identity: dict[str, Any], ranks: Ranks) -> tuple[int, dict[str, Any]] | None:
+    """The newest complete checkpoint: (steps done, this rank's engine state), or None.
+
+    Raises:
+        InputError: it was written under another configuration (the differing field is named) or number of ranks.
+    """
+    found = list_checkpoints(stage_dir)
+    if not found:
+        return None
+    step, folder = found[-1]
+    state = read_json(folder / "trainer_state.json")
+    if state["world"] != ranks.world:
+        raise InputError(f"{folder}: written by {state['world']} ranks, cannot be resumed on {ranks.world}")
+    refuse_other(folder, state["identity"], identity)
+    try:
+        engine = torch.load(folder / f"engine_rank{ranks.rank}.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as e:
+        raise InputError(f"{folder}: damaged ({e}); delete it to resume from an older one") from e
+    return step, engine
+
+
+def refuse_other(where: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise InputError naming the first field in which two identities differ."""
+    for name in sorted(set(stored) | set(current)):
+        if canonical_json(stored.get(name)) != canonical_json(current.get(name)):
+            raise InputError(
+                f"{where}: belongs to another configuration: {name} is {current.get(name)!r} now and was "
+                f"{stored.get(name)!r}; use another output_dir, or delete it"
+            )
+
+
+def drop_checkpoints(stage_dir: Path) -> None:
+    """Remove all checkpoints of a finished stage."""
+    for path in stage_dir.glob("*checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,277 @@
+"""The order of stages: preference stages r = 16, 8, 4, 2, then SFT, and SFT alone as the control.
+
+``reference: base``: one reference, one LoRA that continues unmerged, so that the reference is the model with adapters off.
+``reference: previous_stage`` (the official TEMPLE scripts): at each boundary merge, start a new LoRA, refill the store.
+Optimizer and schedule start anew with every stage in both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tempo_fast.config import LoraConfig, ObjectiveConfig, RunConfig
+from tempo_fast.errors import InputError
+from tempo_fast.files import file_digest, read_json, write_json
+from tempo_fast.models.load import Bundle, load_bundle, resolve_path, weights_digest
+from tempo_fast.reference.fill import fill, start_check
+from tempo_fast.reference.store import ReferenceStore
+from tempo_fast.schema import PreferenceRecord, SFTRecord
+from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
+from tempo_fast.training.data import Item, Items, check_lengths, preference_items, sft_items
+from tempo_fast.training.loop import Context, Stage, finished, run_stage
+from tempo_kernels.objectives import make_objective
+
+log = logging.getLogger("tempo_fast")
+
+
+@dataclass
+class Outcome:
+    """What a curriculum leaves: a row per stage and the videos that could not be used."""
+
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    sft: dict[str, Any] | None = None
+    control: dict[str, Any] | None = None
+    merged: str = ""
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+
+
+def stage_name(index: int, r: int) -> str:
+    """``stage1_r16`` for index 0."""
+    return f"stage{index + 1}_r{r}"
+
+
+def needs_reference(objective: ObjectiveConfig) -> bool:
+    """Whether an objective compares with a reference at all. Raises InputError for an unknown name or option."""
+    try:
+        return make_objective(objective.name, **objective.options).needs_reference
+    except ValueError as e:
+        raise InputError(f"train.objective: {e}") from e
+
+
+class Curriculum:
+    """Runs, or resumes, the stages of a config. ``load_records(r)`` reads the pairs of one difficulty."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ctx: Context,
+        load_records: Callable[[int], list[PreferenceRecord]],
+        sft_records: Sequence[SFTRecord] | None,
+    ) -> None:
+        self.config = config
+        self.ctx = ctx
+        self.load_records = load_records
+        self.sft_records = sft_records
+        self.base = str(resolve_path(config.model.path))
+        self.outcome = Outcome()
+        self._items: dict[int, Items] = {}
+        self._digests: dict[str, str] = {}
+
+    # -- pieces ------------------------------------------------------------------------------------------------
+
+    def load(self, path: str) -> Bundle:
+        model = self.config.model
+        return load_bundle(path, model.dtype, model.device)
+
+    def digest_of(self, path: str) -> str:
+        if path not in self._digests:
+            self._digests[path] = weights_digest(path)
+        return self._digests[path]
+
+    def items(self, bundle: Bundle, r: int) -> list[Item]:
+        """Trees of one difficulty; text and plans only, read once."""
+        if r not in self._items:
+            found = preference_items(bundle, self.ctx.reader, self.load_records(r))
+            check_lengths(found.items, self.config.train.max_tokens)
+            self._note(found.quarantined)
+            self._items[r] = found
+        return self._items[r].items
+
+    def _note(self, rows: list[dict[str, str]]) -> None:
+        self.outcome.quarantined += [row for row in rows if row not in self.outcome.quarantined]
+
+    def open_store(self, bundle: Bundle) -> ReferenceStore:
+        """The statistics of this bundle's base, below ``reference.store`` or ``<output_dir>/reference``."""
+        root = Path(self.config.reference.store or Path(self.config.output_dir) / "reference")
+        objective = self.config.train.objective
+        kl = self.config.reference.kl == "always" or make_objective(objective.name, **objective.options).needs_kl
+        fields = {"reference": bundle.weights_digest, "family": bundle.family.name}
+        store = ReferenceStore(root / bundle.weights_digest[:16], fields)
+        store.kl = kl
+        return store
+
+    def fill(self, bundle: Bundle, index: int) -> dict[str, Any]:
+        """Compute what the store lacks for a stage; the first time's counts are kept beside the store's manifest."""
+        r = self.config.train.stages[index].r
+        items = self.items(bundle, r)
+        store = self.open_store(bundle)
+        trees = [i.tree for i in items]
+        chosen = {store.key(t, 0) for t in trees}
+        every = {store.key(t, b) for t in trees for b in range(len(t.branches))}
+        missing = set(store.missing(sorted(every)))
+        fill(
+            bundle,
+            store,
+            trees,
+            self.ctx.reader,
+            self.ctx.features,
+            kl=store.kl,
+            max_tokens=self.config.train.max_tokens,
+        )
+        counts = {
+            "hits": len(every - missing),
+            "misses": len(missing),
+            "chosen_hits": len(chosen - missing),
+            "chosen_misses": len(chosen & missing),
+        }
+        return self._first_counts(stage_name(index, r), counts)
+
+    def _first_counts(self, name: str, counts: dict[str, Any]) -> dict[str, Any]:
+        path = Path(self.config.output_dir) / "reference" / "fills.json"
+        known = read_json(path) if path.is_file() else {}
+        # A later start finds everything in the store; what the run computed is what its first start computed.
+        if name not in known or counts["misses"] > 0:
+            old = known.get(name, {"misses": 0, "chosen_misses": 0})
+            counts["misses"] += old["misses"]
+            counts["chosen_misses"] += old["chosen_misses"]
+            known[name] = counts
+            if self.ctx.ranks.rank == 0:
+                write_json(path, known)
+        return known[name]
+
+    # -- the walk ------------------------------------------------------------------------------------------------
+
+    def fill_reference(self) -> list[dict[str, Any]]:
+        """The ``reference`` step: everything that can be computed before training."""
+        train = self.config.train
+        if not needs_reference(train.objective):
+            return []
+        bundle = self.load(self.base)
+        last = len(train.stages) if self.config.reference.mode == "base" else min(1, len(train.stages))
+        rows = []
+        for index in range(last):
+            self.ctx.stopper.check()
+            rows.append({"stage": stage_name(index, train.stages[index].r), **self.fill(bundle, index)})
+        return rows
+
+    def run(self) -> Outcome:
+        """All stages, SFT and the control; finished ones are skipped."""
+        adapter, base = self._preference_stages()
+        sft = self.config.train.sft
+        final_base = base
+        if adapter:
+            final_base = self._merge(base, adapter, self.ctx.out / "dpo_merged")
+        self.outcome.merged = final_base
+        if self.sft_records and sft.epochs > 0:
+            self.outcome.sft = self._sft("sft", final_base)
+            self.outcome.merged = self._merge(final_base, self.outcome.sft["adapter"], self.ctx.out / "merged")
+            if sft.control:
+                self.outcome.control = self._sft("control", self.base)
+        return self.outcome
+
+    def _preference_stages(self) -> tuple[str, str]:
+        """Returns (adapter of the last stage or "", the base under it)."""
+        train, continuing = self.config.train, self.config.reference.mode == "base"
+        with_reference = needs_reference(train.objective)
+        base, adapter = self.base, ""
+        planner = self.load(base)
+        bundle: Bundle | None = None
+        for index, settings in enumerate(train.stages):
+            if adapter and not continuing:
+                base = self._merge(base, adapter, self.ctx.out / stage_name(index - 1, train.stages[index - 1].r) / "merged")
+                adapter, bundle = "", None
+            stage = Stage(
+                name=stage_name(index, settings.r),
+                r=settings.r,
+                objective=train.objective,
+                learning_rate=settings.learning_rate or train.learning_rate,
+                epochs=settings.epochs,
+                batch_size=train.batch_size,
+                lora=train.lora,
+                base=base,
+                base_digest=self.digest_of(base),
+                start_adapter=adapter,
+                start_digest=adapter_digest(adapter) if adapter else "",
+            )
+            items = self.items(planner, settings.r)
+            result = finished(stage, self.ctx, items)
+            if result is None:
+                bundle = self._with_adapter(stage, bundle)
+                reference = {"hits": 0, "misses": 0, "chosen_hits": 0, "chosen_misses": 0}
+                store = None
+                if with_reference:
+                    reference = self.fill(bundle, index)
+                    store = self.open_store(bundle)
+                    self._check_start(bundle, store, items, stage.name)
+                result = run_stage(stage, self.ctx, bundle, items, store)
+                result["reference"] = {
+                    **reference,
+                    "read_hits": store.hits if store else 0,
+                    "read_misses": store.misses if store else 0,
+                }
+                if self.ctx.ranks.rank == 0:
+                    write_json(self.ctx.out / stage.name / "stage.json", result)
+            else:
+                log.info("%s: done before, skipped", stage.name)
+                bundle = None
+            self.outcome.stages.append(result)
+            adapter = result["adapter"]
+        return adapter, base
+
+    def _with_adapter(self, stage: Stage, bundle: Bundle | None) -> Bundle:
+        """The model a stage trains: in ``base`` mode the adapter of the stage before goes on."""
+        if bundle is not None:
+            return bundle
+        bundle = self.load(stage.base)
+        if stage.start_adapter:
+            load_lora(bundle, Path(stage.start_adapter), trainable=True)
+        else:
+            attach_lora(bundle, stage.lora, seed=self.ctx.seed, vision=stage.vision_lora)
+        return bundle
+
+    def _check_start(self, bundle: Bundle, store: ReferenceStore, items: list[Item], name: str) -> None:
+        some = [i.tree for i in items[:2]]
+        difference = start_check(bundle, store, some, self.ctx.reader, self.ctx.features)
+        log.info("%s: adapters off differ from the stored reference by at most %.2e nats", name, difference)
+
+    def _merge(self, base: str, adapter: str, out: Path) -> str:
+        marker = {"base": self.digest_of(base), "adapter": adapter_digest(adapter)}
+        note = out / "merge.json"
+        if not (note.is_file() and {k: read_json(note)[k] for k in marker} == marker):
+            if self.ctx.ranks.rank == 0:
+                error = merge_lora(base, Path(adapter), out, device="cpu", note=marker)
+                log.info("merged %s: rounding error at most %.2e", out, error)
+            self.ctx.ranks.barrier()
+        return str(out)
+
+    def _sft(self, name: str, base: str) -> dict[str, Any]:
+        sft, lora = self.config.train.sft, self.config.train.lora
+        stage = Stage(
+            name=name,
+            r=0,
+            objective=ObjectiveConfig("sft", {}),
+            learning_rate=sft.learning_rate,
+            epochs=sft.epochs,
+            batch_size=sft.batch_size,
+            lora=LoraConfig(lora.r, sft.alpha, lora.dropout),
+            base=base,
+            base_digest=self.digest_of(base),
+            vision_lora=sft.vision_lora,
+            max_steps=sft.max_steps,
+        )
+        bundle = self.load(base)
+        found = sft_items(bundle, self.ctx.reader, self.sft_records or [])
+        self._note(found.quarantined)
+        result = finished(stage, self.ctx, found.items)
+        if result is None:
+            result = run_stage(stage, self.ctx, self._with_adapter(stage, None), found.items, None)
+        return result
+
+
+def adapter_digest(folder: str) -> str:
+    """SHA-256 of an adapter's weights file."""
+    return file_digest(Path(folder) / "adapter_model.safetensors")

@@ -1,0 +1,177 @@
+"""From records to response trees, and from trees to optimizer steps.
+
+Branch 0 of a preference tree is the chosen answer, branches 1..k the rejected ones: k pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tempo_fast.errors import InputError
+from tempo_fast.models.load import Bundle
+from tempo_fast.runtime.progress import progress
+from tempo_fast.runtime.seeds import generator
+from tempo_fast.schema import PreferenceRecord, SFTRecord
+from tempo_fast.trees.layout import ResponseTree, build_tree
+from tempo_fast.trees.packing import pack
+from tempo_fast.video.reader import FramePlan, VideoReader
+
+
+@dataclass
+class Item:
+    """One tree with what the metrics want to know of it: the perturbation kind of each pair."""
+
+    tree: ResponseTree
+    kinds: list[str]
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.kinds)
+
+
+@dataclass
+class Items:
+    """The trees of a data set and the videos that could not be planned."""
+
+    items: list[Item]
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+
+
+def preference_items(bundle: Bundle, reader: VideoReader, records: Sequence[PreferenceRecord]) -> Items:
+    """One tree per record. Text and frame plans only: nothing is decoded.
+
+    Raises:
+        InputError: an empty answer (named by record), or no usable record at all.
+    """
+    rows = [
+        (
+            record.id,
+            record.video,
+            record.prompt,
+            [record.chosen, *(x.text for x in record.rejected)],
+            [record.spans, *(x.spans for x in record.rejected)],
+            [x.kind for x in record.rejected],
+        )
+        for record in records
+    ]
+    return _items(bundle, reader, rows, "pairs")
+
+
+def sft_items(bundle: Bundle, reader: VideoReader, records: Sequence[SFTRecord]) -> Items:
+    """One single-branch tree per record; see :func:`preference_items`."""
+    rows = [(r.id, r.video, r.prompt, [r.response], None, ["sft"]) for r in records]
+    return _items(bundle, reader, rows, "sft")
+
+
+def _items(bundle: Bundle, reader: VideoReader, rows: Sequence[tuple], what: str) -> Items:
+    plans: dict[str, list[FramePlan] | None] = {"": []}
+    out = Items([])
+    for id_, video, prompt, answers, spans, kinds in progress(rows, desc=f"{what}: reading", unit="record"):
+        if video not in plans:
+            try:
+                plans[video] = [reader.plan(video)]
+            except InputError as e:
+                plans[video] = None
+                out.quarantined.append({"video": video, "reason": str(e)})
+        if (plan := plans[video]) is None:
+            continue
+        tree = build_tree(
+            bundle.family,
+            bundle.tokenizer,
+            bundle.config,
+            id=id_,
+            prompt_text=prompt,
+            answers=answers,
+            spans=spans,
+            plans=plan,
+        )
+        out.items.append(Item(tree, kinds))
+    if not out.items:
+        first = f" (first: {out.quarantined[0]['reason']})" if out.quarantined else ""
+        raise InputError(f"{what}: no usable record{first}")
+    return out
+
+
+def plan_steps(n_pairs: Sequence[int], batch_size: int, seed: int, stage: str, epochs: int) -> list[list[int]]:
+    """Optimizer steps as lists of item indices: each epoch in its own order, filled until ``batch_size`` pairs.
+
+    A tree is never split, so a step may hold a few pairs more; the last step of an epoch may hold fewer. The plan depends
+    on its arguments alone, so that resuming is starting at a later index.
+    """
+    steps: list[list[int]] = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(n_pairs), generator=generator(seed, stage, "order", epoch)).tolist()
+        step: list[int] = []
+        pairs = 0
+        for index in order:
+            step.append(index)
+            pairs += n_pairs[index]
+            if pairs >= batch_size:
+                steps.append(step)
+                step, pairs = [], 0
+        if step:
+            steps.append(step)
+    return steps
+
+
+def micro_batches(items: Sequence[Item], step: Sequence[int], max_tokens: int, rank: int, world: int) -> list[list[int]]:
+    """This rank's share of a step, packed to the token budget; every rank gets the same number of micro-batches.
+
+    A rank that would run out repeats its first micro-batch (or the step's first tree): the caller gives the repeats
+    weight 0. Repeats come last and are marked by :func:`real_micro_batches`.
+    """
+    shares = [real_micro_batches(items, step, max_tokens, r, world) for r in range(world)]
+    mine = list(shares[rank])
+    longest = max(len(s) for s in shares)
+    filler = mine[0] if mine else [step[0]]
+    return mine + [filler] * (longest - len(mine))
+
+
+def real_micro_batches(
+    items: Sequence[Item], step: Sequence[int], max_tokens: int, rank: int, world: int
+) -> list[list[int]]:
+    """The micro-batches of a rank that count, without the fillers."""
+    mine = list(step[rank::world])
+    if not mine:
+        return []
+    packs = pack(
+        [items[i].tree.n_tokens for i in mine], max_tokens, ids=[items[i].tree.id for i in mine]
+    )
+    return [[mine[j] for j in p] for p in packs]
+
+
+def check_lengths(items: Sequence[Item], max_tokens: int) -> None:
+    """Raise InputError naming the first record longer than the budget, before anything is decoded."""
+    for item in items:
+        if item.tree.n_tokens > max_tokens:
+            raise InputError(
+                f"record {item.tree.id}: {item.tree.n_tokens} tokens exceed train.max_tokens {max_tokens}; "
+                "raise it, or lower video.total_pixels or video.fps"
+            )
+
+
+def branch_batch(items: Sequence[Item], packed: Any) -> tuple[Any, list[str]]:
+    """The pair structure of a packed batch (BranchBatch of tempo_kernels) and each pair's kind, in order."""
+    from tempo_kernels.objectives import BranchBatch
+
+    chosen: list[int] = []
+    rejected: list[int] = []
+    kinds: list[str] = []
+    for item, branches in zip(items, packed.tree_branches, strict=True):
+        others = branches[1:] or branches[:1]
+        chosen.extend([branches[0]] * len(others))
+        rejected.extend(others)
+        kinds.extend(item.kinds)
+    device = packed.branch.device
+    batch = BranchBatch(
+        branch=packed.branch,
+        n_branches=sum(len(b) for b in packed.tree_branches),
+        chosen=torch.tensor(chosen, device=device),
+        rejected=torch.tensor(rejected, device=device),
+        spans=packed.spans,
+    )
+    return batch, kinds

@@ -1,0 +1,313 @@
+"""One training stage: steps, metrics, checkpoints, resume."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tempo_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
+from tempo_fast.errors import InputError, Interrupted
+from tempo_fast.files import digest, read_json, read_jsonl, to_plain, write_json
+from tempo_fast.models.load import Bundle
+from tempo_fast.reference.store import ReferenceStore
+from tempo_fast.runtime.engine import make_train_engine
+from tempo_fast.runtime.progress import progress
+from tempo_fast.runtime.ranks import Ranks
+from tempo_fast.runtime.seeds import generator
+from tempo_fast.runtime.signals import Stopper
+from tempo_fast.training.adapters import save_lora, trainable_parameters
+from tempo_fast.training.checkpoint import drop_checkpoints, load_newest, refuse_other, save_checkpoint
+from tempo_fast.training.data import (
+    Item,
+    branch_batch,
+    check_lengths,
+    micro_batches,
+    plan_steps,
+    real_micro_batches,
+)
+from tempo_fast.training.metrics import MetricsWriter, peak_memory_gib
+from tempo_fast.training.module import Sums, TrainModule
+from tempo_fast.trees.batch import collate, collate_rows
+from tempo_fast.trees.vision import FeatureCache
+from tempo_fast.video.reader import VideoReader
+from tempo_kernels.objectives import make_objective
+
+log = logging.getLogger("tempo_fast")
+
+
+@dataclass
+class Context:
+    """What every stage of a run shares."""
+
+    train: TrainConfig
+    seed: int
+    out: Path
+    """The run's ``train`` folder."""
+    reader: VideoReader
+    features: FeatureCache
+    ranks: Ranks
+    stopper: Stopper
+    tensorboard: Path | None = None
+
+
+@dataclass
+class Stage:
+    """What one stage trains, on what and from where."""
+
+    name: str
+    r: int
+    objective: ObjectiveConfig
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    lora: LoraConfig
+    base: str
+    """Checkpoint directory under the adapter."""
+    base_digest: str
+    start_adapter: str = ""
+    """Adapter directory that this stage continues; empty for a fresh one."""
+    start_digest: str = ""
+    vision_lora: bool = False
+    max_steps: int = 0
+
+
+def learning_rate(peak: float, step: int, total: int, warmup_ratio: float) -> float:
+    """Linear warm-up over ceil(total * warmup_ratio) steps, then cosine to 0. ``step`` counts from 0."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]:
+    """Everything that decides the stage's result; a checkpoint with another identity is refused."""
+    t = ctx.train
+    return {
+        "stage": {k: v for k, v in to_plain(stage).items() if k not in ("base", "start_adapter")},
+        "seed": ctx.seed,
+        "optimizer": [t.weight_decay, t.adam_beta2, t.warmup_ratio, t.max_grad_norm],
+        "max_tokens": t.max_tokens,
+        "trees": t.trees,
+        "engine": [t.engine, t.zero_stage],
+        "data": digest(
+            [
+                [i.tree.id, i.tree.prompt.input_ids.tolist(), [b.input_ids for b in i.tree.branches]]
+                + [p.key for p in i.tree.plans]
+                for i in items
+            ]
+        ),
+    }
+
+
+def finished(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any] | None:
+    """The result of a stage that is already done, or None. Raises InputError when it was another configuration."""
+    path = ctx.out / stage.name / "stage.json"
+    if not path.is_file():
+        return None
+    done = read_json(path)
+    refuse_other(path.parent, done["identity"], identity_of(stage, ctx, items))
+    return done
+
+
+def run_stage(
+    stage: Stage, ctx: Context, bundle: Bundle, items: list[Item], store: ReferenceStore | None
+) -> dict[str, Any]:
+    """Train ``bundle.model`` (adapter attached) for one stage; resumes from the newest checkpoint.
+
+    Returns:
+        What ``stage.json`` holds: steps, pairs, first and last loss, margin and accuracy over the last quarter of the
+        steps, seconds, where base and adapter are.
+
+    Raises:
+        InputError: a non-finite loss or gradient (the records are named), a record over the token budget, a
+            checkpoint of another configuration.
+        Interrupted: after a checkpoint was saved.
+    """
+    t, ranks, folder = ctx.train, ctx.ranks, ctx.out / stage.name
+    check_lengths(items, t.max_tokens)
+    identity = identity_of(stage, ctx, items)
+    try:
+        objective = make_objective(stage.objective.name, **stage.objective.options)
+    except ValueError as e:
+        raise InputError(f"train.objective: {e}") from e
+    steps = plan_steps([i.n_pairs for i in items], stage.batch_size, ctx.seed, stage.name, stage.epochs)
+    per_epoch = len(steps) // stage.epochs
+    steps = steps[: stage.max_steps or None]
+
+    module = TrainModule(bundle.model, bundle.family, objective)
+    _set_mode(bundle, t, stage.vision_lora)
+    engine = make_train_engine(module, trainable_parameters(module), t, ranks)
+    done = 0
+    if newest := load_newest(folder, identity, ranks):
+        done, state = newest
+        engine.load_state_dict(state)
+        log.info("%s: resuming after step %d of %d", stage.name, done, len(steps))
+    writer = MetricsWriter(folder, ctx.tensorboard and ctx.tensorboard / stage.name, keep_steps=done)
+    saved, started, tokens_seen = done, time.perf_counter(), _tokens_until(folder, done)
+    bar = progress(range(done, len(steps)), desc=stage.name, unit="step")
+    try:
+        for index in bar:
+            ctx.stopper.check()
+            begin, decode_before = time.perf_counter(), ctx.features.decode_seconds
+            sums, tokens, videos, hits = Sums(), 0, 0, [0, 0]
+            total_pairs = sum(items[i].n_pairs for i in steps[index])
+            real = len(real_micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world))
+            micros = micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world)
+            for number, micro in enumerate(micros):
+                _seed_dropout(ctx.seed, stage.name, index, ranks.rank, number)
+                loss, part, counts = _forward(engine, ctx, bundle, stage, [items[i] for i in micro], store)
+                if not torch.isfinite(loss):
+                    names = ", ".join(items[i].tree.id for i in micro)
+                    raise InputError(
+                        f"train.{stage.name}: the loss is {float(loss)} at step {index + 1} (records {names}); "
+                        f"nothing was saved after step {saved}"
+                    )
+                # Engines average over ranks; a pair weighs 1 / (pairs of the whole step) wherever it ran.
+                weight = ranks.world / total_pairs if number < real else 0.0
+                engine.backward(loss * weight)
+                if number < real:
+                    sums.merge(part)
+                    tokens, videos = tokens + counts[0], videos + counts[1]
+                    hits = [hits[0] + counts[2], hits[1] + counts[3]]
+            lr = learning_rate(stage.learning_rate, index, len(steps), t.warmup_ratio)
+            norm = float(engine.step(lr))
+            if not math.isfinite(norm):
+                names = ", ".join(items[i].tree.id for i in steps[index])
+                raise InputError(
+                    f"train.{stage.name}: the gradient norm is {norm} at step {index + 1} (records {names}); "
+                    f"nothing was saved after step {saved}"
+                )
+            sums, tokens, videos = _over_ranks(sums, tokens, videos, ranks)
+            tokens_seen += tokens
+            seconds = time.perf_counter() - begin
+            row = {
+                "step": index + 1,
+                "stage": stage.name,
+                "stage_step": index + 1,
+                "epoch": round((index + 1) / max(1, per_epoch), 4),
+                "learning_rate": lr,
+                "grad_norm": norm,
+                "num_tokens": tokens_seen,
+                **sums.means(),
+                "reference/hits": hits[0],
+                "reference/misses": hits[1],
+                "perf/tokens_per_s": tokens / seconds,
+                "perf/videos_per_s": videos / seconds,
+                "perf/decode_wait_frac": min(1.0, (ctx.features.decode_seconds - decode_before) / seconds),
+                "mem/peak_gib": peak_memory_gib(),
+                "time_s": time.perf_counter() - started,
+            }
+            if ranks.rank == 0:
+                writer.write(row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row.get('rewards/accuracies', float('nan')):.2f}")
+            if (index + 1) % t.save_steps == 0 and index + 1 < len(steps):
+                save_checkpoint(folder, index + 1, engine.state_dict(), identity, ranks, keep=t.keep_checkpoints)
+                saved = index + 1
+    except Interrupted as stop:
+        # check() is the first thing in a step: exactly ``index`` steps are complete.
+        if index > saved:
+            save_checkpoint(folder, index, engine.state_dict(), identity, ranks, keep=t.keep_checkpoints)
+        raise Interrupted(
+            f"stopped in {stage.name} after step {index} of {len(steps)}; the same command resumes", stop.exit_code
+        ) from stop
+    finally:
+        bar.close()
+        writer.close()
+    engine.sync_adapter()
+    if ranks.rank == 0:
+        save_lora(bundle.model, folder / "adapter", stage.base)
+    result = _result(stage, folder, items, steps, identity, time.perf_counter() - started)
+    if ranks.rank == 0:
+        write_json(folder / "stage.json", result)
+        drop_checkpoints(folder)
+    ranks.barrier()
+    bundle.model.eval()
+    return result
+
+
+def _set_mode(bundle: Bundle, t: TrainConfig, vision_trains: bool) -> None:
+    bundle.model.train()
+    if not vision_trains:
+        bundle.family.vision_tower(bundle.model).eval()
+    if t.gradient_checkpointing:
+        bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _seed_dropout(seed: int, stage: str, step: int, rank: int, micro: int) -> None:
+    """Dropout depends on where we are, not on how we came here: a resumed run draws the same masks."""
+    torch.manual_seed(generator(seed, stage, step, rank, micro).initial_seed())
+
+
+def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], store: ReferenceStore | None):
+    """Loss sum, metric sums and (tokens, videos, reference hits, misses) of one micro-batch."""
+    trees = [i.tree for i in items]
+    packed = (collate if ctx.train.trees else collate_rows)(trees, bundle.device)
+    batch, kinds = branch_batch(items, packed)
+    plans = packed.plans
+    inputs: dict[str, Any] = {}
+    if stage.vision_lora and plans:
+        begin = time.perf_counter()
+        pixels = torch.cat([ctx.reader.pixels(p) for p in plans])
+        ctx.features.decode_seconds += time.perf_counter() - begin
+        inputs = {"pixels": pixels.to(bundle.device, bundle.dtype), "grids": [p.grid for p in plans]}
+    elif plans:
+        inputs = {"features": ctx.features.features(bundle.family, bundle.model, ctx.reader, plans)}
+    hits = misses = 0
+    if store is not None:
+        hits_before, misses_before = store.hits, store.misses
+        keys = [store.key(tree, b) for tree in trees for b in range(len(tree.branches))]
+        inputs["reference"] = store.get(keys, kl=store.kl).to(bundle.device)
+        hits, misses = store.hits - hits_before, store.misses - misses_before
+    loss, sums = engine(packed, batch, kinds, **inputs)
+    return loss, sums, (packed.n_tokens, len(plans), hits, misses)
+
+
+def _over_ranks(sums: Sums, tokens: int, videos: int, ranks: Ranks) -> tuple[Sums, int, int]:
+    if ranks.world == 1:
+        return sums, tokens, videos
+    gathered: list[Any] = ranks.all_gather_object((sums.values, tokens, videos))
+    total = Sums()
+    for values, _, _ in gathered:
+        total.merge(Sums(values))
+    return total, sum(g[1] for g in gathered), sum(g[2] for g in gathered)
+
+
+def _tokens_until(folder: Path, step: int) -> int:
+    path = folder / "metrics.jsonl"
+    if step == 0 or not path.exists():
+        return 0
+    return max((row["num_tokens"] for _, row in read_jsonl(path) if row["stage_step"] <= step), default=0)
+
+
+def _result(
+    stage: Stage, folder: Path, items: list[Item], steps: list[list[int]], identity: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
+    tail = rows[-max(1, len(rows) // 4) :]
+
+    def late(name: str) -> float | None:
+        values = [r[name] for r in tail if name in r]
+        return sum(values) / len(values) if values else None
+
+    return {
+        "name": stage.name,
+        "r": stage.r,
+        "steps": len(steps),
+        "records": len(items),
+        "pairs": sum(i.n_pairs for i in items),
+        "loss_first": rows[0]["loss"],
+        "loss_last": rows[-1]["loss"],
+        "margin": late("rewards/margins"),
+        "accuracy": late("rewards/accuracies"),
+        "seconds": round(seconds, 3),
+        "base": stage.base,
+        "adapter": str(folder / "adapter"),
+        "vision_lora": stage.vision_lora,
+        "identity": identity,
+    }

@@ -1,0 +1,114 @@
+"""The module that is trained: model, head and objective in one forward.
+
+An engine wraps this module, not the model: under ZeRO-3 the head is gathered inside the wrapped forward, which is the
+only place where its backward works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tempo_fast.models.family import Family, Grid
+from tempo_fast.runtime.head import gathered_head
+from tempo_fast.trees.batch import PackedBatch
+from tempo_fast.trees.forward import tree_hidden
+from tempo_kernels.head import HeadStatistics, linear_logp
+from tempo_kernels.objectives import BranchBatch, Objective
+
+
+@dataclass
+class Sums:
+    """Metric name -> (sum, count); added over micro-batches, steps and ranks, divided once."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor) -> None:
+        total = self.values.setdefault(name, [0.0, 0.0])
+        total[0] += float(values.detach().double().sum())
+        total[1] += values.numel()
+
+    def merge(self, other: Sums) -> None:
+        for name, (s, n) in other.values.items():
+            total = self.values.setdefault(name, [0.0, 0.0])
+            total[0] += s
+            total[1] += n
+
+    def means(self) -> dict[str, float]:
+        return {name: s / n for name, (s, n) in sorted(self.values.items()) if n}
+
+
+class TrainModule(nn.Module):
+    """Packed batch in, loss sum out."""
+
+    def __init__(self, model: nn.Module, family: Family, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+        self.objective = objective
+
+    def forward(
+        self,
+        packed: PackedBatch,
+        batch: BranchBatch,
+        kinds: list[str],
+        *,
+        features: Tensor | None = None,
+        pixels: Tensor | None = None,
+        grids: list[Grid] | None = None,
+        reference: HeadStatistics | None = None,
+    ) -> tuple[Tensor, Sums]:
+        """
+        Args:
+            packed: N response tokens in T packed positions.
+            batch: its Q pairs.
+            kinds: perturbation kind of each pair, for the metrics.
+            features: visual features [G, D] of a frozen tower, or
+            pixels: [P, C*t*p*p] with ``grids``, encoded here with gradient.
+            reference: statistics of the N tokens; ``mean_embedding`` may be None when no KL is needed.
+
+        Returns:
+            The sum of the Q pair losses (scalar, float32) and the metric sums.
+        """
+        if pixels is not None:
+            assert grids is not None
+            features = self.family.encode_vision(self.model, pixels, grids)
+        hidden = tree_hidden(self.family, self.model, packed, features)
+        with gathered_head(self.family.head(self.model)) as weight:
+            with_kl = reference is not None and reference.mean_embedding is not None
+            head = linear_logp(hidden, weight, packed.labels, reference=reference if with_kl else None)
+        ref_logp = None if reference is None else reference.logp
+        out = self.objective(head.logp, ref_logp, head.kl, batch)
+        sums = self._metrics(out, head.logp, head.kl, batch, kinds)
+        return out.losses.sum(), sums
+
+    @torch.no_grad()
+    def _metrics(self, out, logp: Tensor, kl: Tensor | None, batch: BranchBatch, kinds: list[str]) -> Sums:
+        sums = Sums()
+        sums.add("loss", out.losses)
+        per_branch = torch.zeros(batch.n_branches, device=logp.device).index_add_(0, batch.branch, logp.float())
+        sums.add("logps/chosen", per_branch[batch.chosen])
+        if self.objective.name == "sft":
+            return sums
+        margins = out.chosen_rewards - out.rejected_rewards
+        right = (margins > 0).float()
+        sums.add("logps/rejected", per_branch[batch.rejected])
+        sums.add("rewards/chosen", out.chosen_rewards)
+        sums.add("rewards/rejected", out.rejected_rewards)
+        sums.add("rewards/margins", margins)
+        sums.add("rewards/accuracies", right)
+        for kind in sorted(set(kinds)):
+            of_kind = torch.tensor([k == kind for k in kinds], device=right.device)
+            sums.add(f"rewards/accuracies/{kind}", right[of_kind])
+            sums.add(f"rewards/margins/{kind}", margins[of_kind])
+        if kl is not None:
+            is_chosen = torch.zeros(batch.n_branches, dtype=torch.bool, device=kl.device)
+            is_chosen[batch.chosen] = True
+            token_is_chosen = is_chosen[batch.branch]
+            sums.add("kl/chosen", kl[token_is_chosen])
+            sums.add("kl/rejected", kl[~token_is_chosen])
+        for name, values in out.metrics.items():
+            sums.add(name, values)
+        return sums

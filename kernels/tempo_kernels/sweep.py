@@ -1,0 +1,97 @@
+"""One walk over the vocabulary in slices, in plain torch with preallocated buffers.
+
+Shapes: N tokens, D hidden size, V vocabulary, C columns of a slice, B rows of a block.
+
+FLOP: 2·N·V·D for the sums, twice that with the mean. Bytes beside the inputs and outputs: one slab [B, C] of logits,
+and for heads in 16 bit one slice [C, D] in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SLICE = 4096
+"""Most columns of a slice: a slab of 2048 rows is 32 MiB in float32."""
+ROWS = 2048
+"""Most rows walked together; the head is read once per block of rows."""
+HEADROOM = 60.0
+"""exp(z - offset) may reach e^60 before the offset moves; float32 overflows at e^88, and sums need room too."""
+
+
+class Swept(NamedTuple):
+    lse: Tensor
+    """[N] logsumexp(W x)."""
+    target: Tensor
+    """[N] logit of the label, from the same matmul as the sums, so that it never exceeds lse."""
+    mean: Tensor | None
+    """[N, D] softmax(W x)ᵀ W."""
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_d a[n, d] b[n, d] in the dtype of ``a``: [N, D], [N, D] -> [N]. One spelling, so that equal rows cancel."""
+    return (a * b.to(a.dtype)).sum(-1)
+
+
+@torch.no_grad()
+def sweep_head(hidden: Tensor, weight: Tensor, labels: Tensor, *, want_mean: bool) -> Swept:
+    """logsumexp, label logit and (``want_mean``) mean head row of every token; float32, float64 from float64 inputs.
+
+    hidden [N, D], weight [V, D], labels [N]. Every sum runs over slices in one order, so results are deterministic.
+    """
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    n, d = hidden.shape
+    lse, target = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
+    mean = hidden.new_empty(n, d, dtype=dtype) if want_mean else None
+    if n == 0:
+        return Swept(lse, target, mean)
+    width = min(SLICE, weight.shape[0])
+    slab = hidden.new_empty(min(ROWS, n) * width, dtype=dtype)
+    cast = None if weight.dtype == dtype else hidden.new_empty(width, d, dtype=dtype)
+    for start in range(0, n, ROWS):
+        rows = slice(start, min(start + ROWS, n))
+        block_mean = None if mean is None else mean[rows]
+        _sweep_block(hidden[rows].to(dtype), weight, labels[rows], lse[rows], target[rows], block_mean, slab, cast)
+    return Swept(lse, target, mean)
+
+
+def _sweep_block(
+    x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, target: Tensor, mean: Tensor | None, slab: Tensor,
+    cast: Tensor | None,
+) -> None:
+    """Fill lse [B], target [B] and mean [B, D] for the rows x [B, D]."""
+    rows, vocabulary, width = x.shape[0], weight.shape[0], min(SLICE, weight.shape[0])
+    labels = labels.long()[:, None]
+    offset = total = None
+    for first in range(0, vocabulary, width):
+        head = weight[first : first + width]
+        if cast is not None:
+            head = cast[: head.shape[0]].copy_(head)
+        z = slab[: rows * head.shape[0]].view(rows, head.shape[0])
+        torch.mm(x, head.T, out=z)
+        picked = z.gather(1, (labels - first).clamp(0, head.shape[0] - 1))[:, 0]
+        inside = ((labels >= first) & (labels < first + head.shape[0]))[:, 0]
+        torch.where(inside, picked, target if first else picked, out=target)
+        if offset is None or total is None:
+            # A fixed offset is exact while no logit rises far above it: a float keeps its relative precision.
+            offset = z.amax(1)
+            total = torch.zeros_like(offset)
+            if mean is not None:
+                mean.zero_()
+        elif bool((z.amax(1) > offset + HEADROOM).any()):
+            higher = torch.maximum(offset, z.amax(1))
+            shrink = torch.exp(offset - higher)
+            total.mul_(shrink)
+            if mean is not None:
+                mean.mul_(shrink[:, None])
+            offset = higher
+        z.sub_(offset[:, None]).exp_()
+        total.add_(z.sum(1))
+        if mean is not None:
+            mean.addmm_(z, head)
+    assert offset is not None and total is not None
+    torch.add(offset, torch.log(total), out=lse)
+    if mean is not None:
+        mean.div_(total[:, None])

@@ -69,7 +69,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any])
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise InputError(f"{path}: cannot be written ({e.strerror})") from e
         raise
     finally:

@@ -283,6 +283,7 @@ def _eval_data(run: Run) -> tuple[list[Truth], list[Question]]:
     questions: list[Question] = read_records(data.eval_questions, Question) if data.eval_questions else []
     for path, rows in ((data.eval_truth, truths), (data.eval_questions, questions)):
         resolve_videos(rows, Path(path).parent)
+    truths, questions = [t for t in truths if t.split != "train"], [q for q in questions if q.split != "train"]
     videos = list(dict.fromkeys([t.video for t in truths] + [q.video for q in questions]))
     if config.eval.max_videos:
         kept = set(videos[: config.eval.max_videos])

@@ -103,15 +103,22 @@ class Question:
     options: list[str]
     answer: int
     type: str = "other"
+    split: str = ""
 
 
 @dataclass
 class Truth:
-    """What is known to happen in a held-out video: its description and its events in order."""
+    """What is known to happen in a video: its description and the sentences of its events in order."""
 
     video: str
     description: str
     events: list[str]
+    split: str = ""
+
+    @staticmethod
+    def from_row(row: dict[str, Any]) -> Truth:
+        """``events`` may also be objects with a ``text``."""
+        return Truth(**{**row, "events": [e["text"] if isinstance(e, dict) else e for e in row["events"]]})
 
 
 T = TypeVar("T")

@@ -1,0 +1,70 @@
+"""Files are complete or absent; digests are of content alone."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tempo_fast.errors import InputError
+from tempo_fast.files import digest, file_digest, read_json, replace_folder, write_atomic, write_json
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), json_values))
+def test_digest_ignores_key_order(value: dict) -> None:
+    assert digest(value) == digest(dict(reversed(list(value.items()))))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def fail(f) -> None:
+        f.write(b"half")
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(path, fail)
+    assert read_json(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_unwritable_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    import errno
+
+    def full(f) -> None:
+        with open("/dev/full", "wb") as device:
+            device.write(b"x")
+            device.flush()
+
+    with pytest.raises(InputError, match=os.strerror(errno.ENOSPC)):
+        write_atomic(tmp_path / "x", full)
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_file_digest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        file_digest(tmp_path / "none")
+
+
+def test_replace_folder(tmp_path: Path) -> None:
+    for name, text in (("new", "b"), ("old", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text(text)
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "f").read_text() == "b"
+    assert sorted(os.listdir(tmp_path)) == ["old"]

@@ -107,6 +107,8 @@ def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
                 if codec is not None and codec.name not in _NOT_VIDEO_CODECS and not cover:
                     # Frame threads cost more than they give on small pictures.
                     stream.thread_type = "AUTO" if codec.width * codec.height > 400_000 else "NONE"
+                    # Without this, damaged H.264 is patched up from neighbouring frames and handed out as good.
+                    codec.options = {"err_detect": "explode"}
                     yield container, stream
                     return
             raise DecodeError(f"{path}: has no video stream")

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -78,7 +78,7 @@ def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
     return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def _announce(name: str, why: str) -> None:
     log.info("video.backend auto: %s (%s)", name, why)
 

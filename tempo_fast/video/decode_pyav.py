@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -72,21 +73,26 @@ class PyAVDecoder:
         frames: Iterator[Any] = iter(())
         at, from_start = -1, False  # the last frame number that came out; -1: nothing yet
 
-        def restart(keyframe: int, seek_tick: int | None) -> Iterator[Any]:
-            # A seek that lands anywhere else than at or before the keyframe shows in the timestamps below.
-            container.seek(info.ticks[0] if seek_tick is None else seek_tick, stream=stream)
+        def restart(seek_tick: int) -> Iterator[Any]:
+            # A seek that lands after the frame shows in the timestamps below; one that lands before costs only time.
+            container.seek(seek_tick, stream=stream)
             stream.codec_context.flush_buffers()
             return container.decode(stream)
 
         for index in distinct:
             k = max(0, bisect.bisect_right(info.keyframes, index) - 1)
             if at < 0 or info.keyframes[k] > at + 1:
-                frames, from_start = restart(info.keyframes[k], info.seek_ticks[k]), k == 0
+                frames, from_start = restart(info.seek_ticks[k]), k == 0
                 at = -1
-            found = self._advance(info, frames, index)
+            try:
+                found = self._advance(info, frames, index)
+            except av.error.FFmpegError:
+                if from_start:
+                    raise
+                found = None
             if found is None and not from_start:
                 # Not where the index said, or damaged without its predecessors: decode from the first frame.
-                frames, from_start = restart(0, info.seek_ticks[0]), True
+                frames, from_start = restart(info.seek_ticks[0]), True
                 found = self._advance(info, frames, index)
             if found is None:
                 raise DecodeError(f"{info.path}: frame {index} cannot be decoded exactly")

@@ -25,10 +25,10 @@ _COLOR_RANGE = {0: "unspecified", 1: "limited", 2: "full"}
 class VideoInfo:
     """Facts about one file. Frames are presented frames, counted from 0 in order of presentation.
 
-    ``pts_s`` seconds from the first presented frame, ascending; ``fps`` the average rate (frames / duration, or the container's when they agree); ``width``
-    and ``height`` in pixels after the display rotation; ``rotation`` in degrees clockwise (0, 90, 180, 270);
-    ``has_edit_list`` is true when the container hides packets from presentation; ``vfr`` when frame gaps differ by more
-    than the container's rounding.
+    ``pts_s`` seconds from the first presented frame, ascending; ``fps`` the average rate (frames / duration, or the
+    container's when they agree); ``width`` and ``height`` in pixels after the display rotation; ``rotation`` in degrees
+    clockwise (0, 90, 180, 270); ``has_edit_list`` is true when the container hides packets from presentation; ``vfr``
+    when frame gaps differ by more than the container's rounding.
 
     For the decoder: ``ticks`` are the presentation times in stream units (empty when frames must be counted by decoding
     from the start), ``keyframes`` the frame numbers where decoding can start, ``seek_ticks`` their decode times.

@@ -27,8 +27,8 @@ from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_m
 class FramePlan:
     """What will be read: everything that decides the pixels, before any is decoded.
 
-    ``indices`` frame numbers in the order shown; ``timestamps`` seconds, ascending; ``height`` and ``width`` pixels after
-    resizing; ``rule`` sampling, resize, decoder and colour route and pixel budget, as text.
+    ``indices`` frame numbers in the order shown; ``timestamps`` seconds, ascending; ``height`` and ``width`` pixels
+    after resizing; ``rule`` sampling, resize, decoder and colour route and pixel budget, as text.
     """
 
     path: str
@@ -90,8 +90,8 @@ class VideoReader:
     def plan_clips(self, path: str | os.PathLike[str], ranges: Sequence[tuple[int, int]]) -> FramePlan:
         """Plan clips one after the other, in the order given: the perturbed video.
 
-        Each clip is sampled as in ``plan_range``; more than ``max_frames`` in all are thinned evenly. Timestamps run on at
-        the sampled rate, so that they do not give the perturbation away.
+        Each clip is sampled as in ``plan_range``; more than ``max_frames`` in all are thinned evenly. Timestamps run on
+        at the sampled rate, so that they do not give the perturbation away.
         """
         info = probe(path)
         indices = [i for start, end in ranges for i in self._range(info, start, end)]

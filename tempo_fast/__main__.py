@@ -1,0 +1,7 @@
+"""``python -m tempo_fast`` is ``tempo-fast``."""
+
+import sys
+
+from tempo_fast.cli import main
+
+sys.exit(main())

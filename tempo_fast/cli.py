@@ -1,0 +1,246 @@
+"""The commands: ``tempo-fast VERB ...``.
+
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted, 75 preempted; both of the latter can be
+resumed with the same command. Anything else is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tempo_fast import __version__
+from tempo_fast.errors import InputError, Interrupted
+
+STEPS = ("curate", "pairs", "reference", "train", "eval", "report")
+
+_CONFIG_VERBS = {
+    "run": "all steps: curate, pairs, reference, train, eval, report; finished ones are skipped",
+    "curate": "find shots, groups and clips in data.videos",
+    "pairs": "caption the clips and write chosen and rejected answers",
+    "reference": "compute the reference's statistics of every answer",
+    "train": "the preference stages, then SFT",
+    "eval": "temporal probes on held-out videos",
+    "report": "write report.html from the files of a run",
+}
+_PLAIN_VERBS = {
+    "merge": "fold an adapter into its base model",
+    "scan": "probe every video of a folder, before a long run meets a broken one",
+    "tinyworld": "generate the small world of the demo, or rebuild its base model",
+    "doctor": "versions, devices, decoders, and what is missing for what",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    words = [a for a in args if a != "--debug"]
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "filelock", "pyscenedetect", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        _dispatch(words)
+        return 0
+    except InputError as e:
+        return _fail(str(e), 2, debug)
+    except Interrupted as e:
+        return _fail(_how_to_resume(str(e), words), e.exit_code, debug)
+    except KeyboardInterrupt:
+        return _fail(_how_to_resume("interrupted", words), 130, debug)
+    except BrokenPipeError:
+        # the reader of our output went away (`tempo-fast scan | head`); nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"tempo-fast: {message}", file=sys.stderr)
+    return code
+
+
+def _how_to_resume(what: str, words: Sequence[str]) -> str:
+    if not words or words[0] not in _CONFIG_VERBS:
+        return f"{what}; nothing half-written is left, start it again"
+    what = what if "resume" in what else f"{what}; finished work is kept, resume with"
+    return f"{what}: tempo-fast {shlex.join(words)}"
+
+
+def _dispatch(words: list[str]) -> None:
+    verb = words[0] if words else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(_overview())
+    elif verb in ("-V", "--version"):
+        print(f"tempo-fast {__version__}")
+    elif verb in _CONFIG_VERBS:
+        _config_verb(verb, words[1:])
+    elif verb in _PLAIN_VERBS:
+        _PLAIN[verb](words[1:])
+    else:
+        known = [*_CONFIG_VERBS, *_PLAIN_VERBS]
+        near = max(known, key=lambda name: difflib.SequenceMatcher(None, verb, name).ratio())
+        raise InputError(f"{verb}: no such command; the nearest is {near}, and --help lists all")
+
+
+def _overview() -> str:
+    from tempo_fast.configio import shipped_recipes
+
+    rows = [f"  {name:<10} {text}" for name, text in {**_CONFIG_VERBS, **_PLAIN_VERBS}.items()]
+    return "\n".join(
+        [
+            "tempo-fast: preference training that teaches video LLMs when things happen",
+            "",
+            "usage: tempo-fast VERB RECIPE [--key.sub value ...]     (the first seven)",
+            "       tempo-fast VERB --help",
+            "",
+            *rows,
+            "",
+            f"A recipe is a YAML file, the folder of an earlier run, or one of: {', '.join(shipped_recipes())}.",
+            "--debug shows tracebacks. Exit codes: 0 done, 2 bad input, 130 interrupted, 75 preempted.",
+        ]
+    )
+
+
+def _config_verb(verb: str, words: list[str]) -> None:
+    recipe, overrides, until, wants_help = _split(verb, words)
+    from tempo_fast.configio import describe_keys, load_config, shipped_recipes
+
+    if wants_help:
+        options = " [--until STEP]" if verb == "run" else ""
+        print(f"usage: tempo-fast {verb} RECIPE{options} [--debug] [--key.sub value ...]\n\n{_CONFIG_VERBS[verb]}.\n")
+        print(f"RECIPE: a YAML file, the folder of an earlier run, or one of {', '.join(shipped_recipes())}.")
+        if options:
+            print(f"--until: stop after one of {', '.join(STEPS)}.")
+        print(f"\nKeys, with the values of {recipe} in brackets:" if recipe else "\nKeys, with their defaults in brackets:")
+        print("Sections are overridden key by key, lists whole or by entry: --train.stages.0.epochs 2\n")
+        print(describe_keys(load_config(recipe, overrides) if recipe else None))
+        return
+    if recipe is None:
+        raise InputError(f"tempo-fast {verb} needs a recipe: a YAML file, or one of {', '.join(shipped_recipes())}")
+    config = load_config(recipe, overrides)
+    from tempo_fast import pipeline
+
+    result = pipeline.run(config, until=until) if verb == "run" else pipeline.run_steps(config, [verb])
+    if int(os.environ.get("RANK", "0")) == 0:
+        from tempo_fast.report.text import describe_result
+
+        print(describe_result(verb, Path(config.output_dir), result))
+
+
+def _split(verb: str, words: list[str]) -> tuple[str | None, list[str], str | None, bool]:
+    """(recipe, overrides, until, help asked for); the recipe may stand anywhere."""
+    recipe: str | None = None
+    overrides: list[str] = []
+    until: str | None = None
+    wants_help = False
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            wants_help = True
+        elif word == "--until" or word.startswith("--until="):
+            until = word.partition("=")[2] or (rest.pop(0) if rest else "")
+            if verb != "run" or until not in STEPS:
+                raise InputError(f"--until: run alone takes it, and it is one of {', '.join(STEPS)}, got {until!r}")
+        elif word.startswith("--"):
+            overrides.append(word)
+            if "=" not in word and rest and not rest[0].startswith("--"):
+                overrides.append(rest.pop(0))
+        elif recipe is None:
+            recipe = word
+        else:
+            raise InputError(f"{word}: unexpected word; the recipe is {recipe}, and overrides are written --key.sub value")
+    return recipe, overrides, until, wants_help
+
+
+def _merge(words: list[str]) -> None:
+    parser = _Parser("tempo-fast merge", description=_PLAIN_VERBS["merge"])
+    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json")
+    parser.add_argument("out", type=Path, help="folder to write; from_pretrained, vLLM and lmms-eval load it")
+    parser.add_argument("--base", default="", help="base model, where adapter_config.json does not name the right one")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    args = parser.parse_args(words)
+    from tempo_fast.files import read_json
+
+    settings = args.adapter / "adapter_config.json"
+    base = args.base or read_json(settings).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{settings}: base_model_name_or_path is empty; name the base model with --base")
+    if args.out.exists() and any(args.out.iterdir()) and not args.force:
+        raise InputError(f"{args.out}: exists and is not empty; --force replaces it")
+    from tempo_fast.training.adapters import merge_lora
+
+    error = merge_lora(base, args.adapter, args.out, device=args.device, note={"base": base, "adapter": str(args.adapter)})
+    print(f"{args.out}: merged {args.adapter} into {base}; largest rounding error of a weight {error:.1e}")
+
+
+def _scan(words: list[str]) -> None:
+    parser = _Parser("tempo-fast scan", description=_PLAIN_VERBS["scan"])
+    parser.add_argument("videos", help="folder, glob, or text file with one path a line")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a video")
+    parser.add_argument("--recipe", default="", help="recipe whose video section decides frames and tokens")
+    parser.add_argument("--quick", action="store_true", help="read the index only, decode nothing")
+    args, overrides = parser.parse_known_args(words)
+    from tempo_fast.scan import scan_command
+
+    scan_command(args.videos, recipe=args.recipe, overrides=overrides, out=args.json, decode=not args.quick)
+
+
+def _tinyworld(words: list[str]) -> None:
+    parser = _Parser("tempo-fast tinyworld", description=_PLAIN_VERBS["tinyworld"])
+    parser.add_argument("out", nargs="?", type=Path, help="folder; runs/tinyworld, or the package's own base model")
+    parser.add_argument("--train", type=int, default=40, help="training videos (40)")
+    parser.add_argument("--heldout", type=int, default=16, help="held-out videos (16)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    parser.add_argument("--rebuild", action="store_true", help="train the base model anew from the seed")
+    args = parser.parse_args(words)
+    if args.train < 0 or args.heldout < 0:
+        raise InputError("tempo-fast tinyworld: --train and --heldout must not be negative")
+    from tempo_fast.runtime.progress import progress
+
+    if args.rebuild:
+        from tempo_fast.tinyworld.base import BASE_DIR, rebuild
+
+        card = rebuild(args.out or BASE_DIR, seed=args.seed)
+        print(f"{args.out or BASE_DIR}: {card['parameters']} parameters, {card['seconds']} s, {card['weights_digest'][:12]}")
+        return
+    from tempo_fast.tinyworld.generate import generate_world
+
+    out = args.out or Path("runs/tinyworld")
+    manifest = generate_world(
+        out, args.seed, args.train, args.heldout, progress=lambda jobs: progress(jobs, "tinyworld", "video")
+    )
+    print(f"{out}: {args.train} training and {args.heldout} held-out videos, digest {manifest['digest'][:12]}")
+
+
+def _doctor(words: list[str]) -> None:
+    _Parser("tempo-fast doctor", description=_PLAIN_VERBS["doctor"]).parse_args(words)
+    from tempo_fast.doctor import examine
+
+    print(examine())
+
+
+_PLAIN: dict[str, Callable[[list[str]], None]] = {
+    "merge": _merge,
+    "scan": _scan,
+    "tinyworld": _tinyworld,
+    "doctor": _doctor,
+}

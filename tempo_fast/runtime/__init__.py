@@ -1,0 +1,1 @@
+"""Under the training loop: ranks, seeds, signals, progress, the engine and the head."""

@@ -1,0 +1,265 @@
+"""DeepSpeed: ZeRO stages 0, 2 and 3 under ``torchrun``, or on one process.
+
+DeepSpeed runs in its float32 mode whatever the model's dtype: what trains (the adapters) is float32, and frozen
+bfloat16 weights stay as they are, partitioned in their own dtype under stage 3. A frozen vision tower stays out of the
+partitioning, so that a rank may skip it when its features are cached.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tempo_fast.config import TrainConfig
+from tempo_fast.errors import InputError
+from tempo_fast.runtime.engine import check_trainable, make_adamw
+from tempo_fast.runtime.ranks import Ranks
+
+_LARGE = 50_000_000  # elements of a communication bucket: 200 MB in float32
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package. Raises InputError that says what to install."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        return importlib.import_module("deepspeed")
+    except ImportError as e:
+        raise InputError(
+            f"train.engine: deepspeed cannot be imported ({e});"
+            " pip install 'tempo-fast[deepspeed]', or set train.engine to torch"
+        ) from e
+
+
+def zero_config(config: TrainConfig, n_trainable: int, *, persist_below: int = 100_000) -> dict[str, Any]:
+    """DeepSpeed's configuration, every value written out.
+
+    Args:
+        n_trainable: elements that train; buckets are no larger.
+        persist_below: under stage 3 parameters with fewer elements are never partitioned.
+    """
+    bucket = max(1000, min(_LARGE, n_trainable))
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage >= 2:
+        # several backwards may come before a step; overlapping them with the reduction needs stage 2 and a GPU
+        zero |= {
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        }
+    if config.zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": persist_below,
+            "stage3_prefetch_bucket_size": _LARGE,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "sub_group_size": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # step() is the boundary: the number of micro-batches differs from step to step
+        "managed_gradient_accumulation": False,
+        # stage 0 clips in our hook, which also measures
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "zero_optimization": zero,
+    }
+
+
+class DeepSpeedEngine:
+    """A module in ``deepspeed.initialize``. See :class:`tempo_fast.runtime.engine.TrainEngine`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        config: TrainConfig,
+        ranks: Ranks,
+        *,
+        persist_below: int = 100_000,
+    ) -> None:
+        check_trainable(params)
+        deepspeed = import_deepspeed(ranks.device)
+        _join_group(ranks)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        self.stage, self.ranks = config.zero_stage, ranks
+        self.max_grad_norm = config.max_grad_norm
+        self.params = dict(params)
+        self.module = module
+        self.optimizer = make_adamw(params, config)
+        self._norm = 0.0
+        if self.stage == 0:
+            self.optimizer.register_step_pre_hook(self._measure)
+        settings = zero_config(config, sum(p.numel() for p in params.values()), persist_below=persist_below)
+        with _frozen_vision_outside(module, self.stage):
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0) if self.stage else self._norm
+        return norm if math.isfinite(norm) else math.inf
+
+    def _measure(self, *_: Any) -> None:
+        """Before a stage-0 update, when the gradients have been averaged: their norm, and clipping."""
+        for p in self.params.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._norm = float(nn.utils.clip_grad_norm_(self.params.values(), self.max_grad_norm or math.inf))
+        if not math.isfinite(self._norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            for p in self.params.values():
+                p.grad = torch.zeros_like(p)
+
+    # -- state: every rank keeps its own partition -----------------------------------------------------------------
+
+    def _masters(self) -> list[Tensor]:
+        """The float32 tensors that AdamW updates on this rank."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            return list(self.params.values())
+        return list(zero.single_partition_of_fp32_groups if self.stage == 2 else zero.fp32_partitioned_groups_flat)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.optimizer.state
+        return {
+            "engine": f"deepspeed-{self.stage}",
+            "world": self.ranks.world,
+            "names": list(self.params),
+            "masters": [m.detach().to("cpu", copy=True) for m in self._masters()],
+            "moments": [
+                {k: v.detach().to("cpu", copy=True) for k, v in state[m].items()} if m in state else {}
+                for m in self._masters()
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        masters = self._masters()
+        for key, ours in (
+            ("engine", f"deepspeed-{self.stage}"), ("world", self.ranks.world), ("names", list(self.params))
+        ):  # fmt: skip
+            if state.get(key) != ours:
+                raise InputError(f"checkpoint: its {key} is {state.get(key)!r}, of this run {ours!r}")
+        if [m.shape for m in state["masters"]] != [m.shape for m in masters]:
+            raise InputError("checkpoint: its partitions have other sizes than this run's")
+        with torch.no_grad():
+            for ours, value, moments in zip(masters, state["masters"], state["moments"], strict=True):
+                ours.data.copy_(value)
+                if moments:
+                    self.optimizer.state[ours] = {
+                        k: v.clone().to(ours.device if v.ndim else "cpu") for k, v in moments.items()
+                    }
+            self._masters_to_weights()
+
+    def _masters_to_weights(self) -> None:
+        """Write the masters into the module's parameters. Collective."""
+        if self.stage == 0:
+            return
+        if self.stage == 2:
+            for p in self.params.values():
+                p.data.copy_(self._full(p))
+            return
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        for p in self.params.values():
+            full = self._full(p)
+            with GatheredParameters([p], modifier_rank=0):
+                p.data.copy_(full)
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter)
+        assert full is not None
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return full.reshape(shape).to(parameter.device if parameter.device.type != "meta" else "cpu")
+
+    def sync_adapter(self) -> None:
+        """Full float32 values into plain parameters, DeepSpeed's hooks removed. The engine is done after this."""
+        if self.stage == 3:
+            _restore_parameters(self.module, {id(p): self._full(p) for p in self.params.values()}, self.engine)
+        else:
+            with torch.no_grad():
+                self._masters_to_weights()
+            self.engine.destroy()
+        for p in self.module.parameters():
+            p.grad = None
+
+
+def _join_group(ranks: Ranks) -> None:
+    """DeepSpeed wants a process group even for one process."""
+    if dist.is_initialized():
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for key, value in {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"
+    }.items():  # fmt: skip
+        os.environ.setdefault(key, value)
+    dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", rank=0, world_size=1)
+
+
+@contextmanager
+def _frozen_vision_outside(module: nn.Module, stage: int) -> Iterator[None]:
+    """Hide a frozen vision tower from DeepSpeed while it takes the module over (stage 3 only)."""
+    family, model = getattr(module, "family", None), getattr(module, "model", None)
+    tower = family.vision_tower(model) if stage == 3 and family is not None and model is not None else None
+    if tower is None or any(p.requires_grad for p in tower.parameters()):
+        yield
+        return
+    homes = [(m, name) for m in module.modules() for name, child in m._modules.items() if child is tower]
+    order = [(m, list(m._modules)) for m, _ in homes]
+    for m, name in homes:
+        del m._modules[name]
+    try:
+        yield
+    finally:
+        for m, name in homes:
+            m._modules[name] = tower
+        for m, names in order:
+            m._modules.update({n: m._modules.pop(n) for n in names})
+
+
+def _restore_parameters(module: nn.Module, trained: dict[int, Tensor], engine: Any) -> None:
+    """Undo stage 3's partitioning: gather what is frozen, put ``trained`` for the rest. Collective."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    full: dict[int, nn.Parameter] = {}
+    for p in module.parameters():
+        if not hasattr(p, "ds_id"):
+            full[id(p)] = p
+            continue
+        value = trained.get(id(p))
+        if value is None:
+            with GatheredParameters([p]):
+                value = p.data.clone()
+        full[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
+    engine.destroy()
+    for m in module.modules():
+        entries = list(dict.items(m._parameters))  # DeepSpeed's mapping would gather on access
+        m._parameters = {name: None if p is None else full[id(p)] for name, p in entries}

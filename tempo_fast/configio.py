@@ -83,15 +83,15 @@ def shipped_recipes() -> list[str]:
 def find_recipe(name: str) -> Path:
     """A YAML file, a run folder (its ``config.yaml``), or the name of a shipped recipe. Raises InputError."""
     path = Path(name)
-    if path.is_dir():
-        if (path / "config.yaml").is_file():
-            return path / "config.yaml"
-        raise InputError(f"{name}: a folder without config.yaml; give a recipe, or the folder of an earlier run")
     if path.is_file():
         return path
+    if (path / "config.yaml").is_file():
+        return path / "config.yaml"
     shipped = RECIPES / f"{path.stem}.yaml"
     if path.parent.name in ("", "recipes") and path.suffix in ("", ".yaml") and shipped.is_file():
         return shipped
+    if path.is_dir():
+        raise InputError(f"{name}: a folder without config.yaml; give a recipe, or the folder of an earlier run")
     raise InputError(f"{name}: no such recipe file; shipped recipes are {', '.join(shipped_recipes())}")
 
 
@@ -151,7 +151,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_recipe(recipe)
     data = read_recipe(path)
     _check_tree(data, RunConfig, "", f"{path}: ")
-    if Path(recipe).is_dir() and Path(data.get("output_dir", "")).resolve() != Path(recipe).resolve():
+    if (Path(recipe) / "config.yaml").is_file() and Path(data.get("output_dir", "")).resolve() != Path(recipe).resolve():
         data["output_dir"] = recipe  # the run was moved
     options = split_overrides(overrides)
     for key, text in options:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,16 +31,18 @@ def gathered_head(head: nn.Module) -> Iterator[Tensor]:
         InputError: a head with an adapter, or a head that trains under ZeRO-3.
     """
     check_head(head)
-    weight = head.weight
+    # not head.weight: DeepSpeed's mapping would gather it there and then, and once more in the backward
+    weight = dict.get(head._parameters, "weight")
     assert isinstance(weight, Tensor)
-    if not hasattr(weight, "ds_id"):
+    zero: Any = weight
+    if not hasattr(zero, "ds_id"):
         yield weight
         return
     if weight.requires_grad:
         raise InputError("train.zero_stage: 3 cannot train the vocabulary head; freeze it or use stage 2")
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-    if weight.ds_status == ZeroParamStatus.AVAILABLE:
+    if zero.ds_status == ZeroParamStatus.AVAILABLE:
         yield weight.data
         return
     with GatheredParameters([weight]):

@@ -159,19 +159,18 @@ class DeepSpeedEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         masters = self._masters()
-        for key, ours in (
-            ("engine", f"deepspeed-{self.stage}"), ("world", self.ranks.world), ("names", list(self.params))
-        ):  # fmt: skip
-            if state.get(key) != ours:
-                raise InputError(f"checkpoint: its {key} is {state.get(key)!r}, of this run {ours!r}")
+        ours = {"engine": f"deepspeed-{self.stage}", "world": self.ranks.world, "names": list(self.params)}
+        for key, value in ours.items():
+            if state.get(key) != value:
+                raise InputError(f"checkpoint: its {key} is {state.get(key)!r}, of this run {value!r}")
         if [m.shape for m in state["masters"]] != [m.shape for m in masters]:
             raise InputError("checkpoint: its partitions have other sizes than this run's")
         with torch.no_grad():
-            for ours, value, moments in zip(masters, state["masters"], state["moments"], strict=True):
-                ours.data.copy_(value)
+            for master, stored, moments in zip(masters, state["masters"], state["moments"], strict=True):
+                master.data.copy_(stored)
                 if moments:
-                    self.optimizer.state[ours] = {
-                        k: v.clone().to(ours.device if v.ndim else "cpu") for k, v in moments.items()
+                    self.optimizer.state[master] = {
+                        k: v.clone().to(master.device if v.ndim else "cpu") for k, v in moments.items()
                     }
             self._masters_to_weights()
 

@@ -86,9 +86,10 @@ def linear_logp(
     """
     _check(hidden, weight, labels, bias, softcap, reference)
     chosen = _choose(impl, weight, bias, softcap)
-    cached = isinstance(reference, HeadStatistics)
-    want_kl = kl and reference is not None and not (cached and reference.mean_embedding is None)
-    if cached and want_kl:
+    want_kl = kl and reference is not None
+    if isinstance(reference, HeadStatistics):
+        want_kl = kl and reference.mean_embedding is not None
+    if isinstance(reference, HeadStatistics) and want_kl:
         if _trains(weight, bias):
             raise ValueError(
                 "the KL of cached statistics holds only while the head is frozen: freeze the head, pass the live "
@@ -275,7 +276,7 @@ class _OnePass(torch.autograd.Function):
         ctx.mark_non_differentiable(swept.lse)
         if differentiate:
             assert swept.mean is not None
-            k = None if kl is None else swept.mean - mean_embedding
+            k = None if mean_embedding is None else swept.mean - mean_embedding
             g = torch.sub(weight[labels].to(swept.mean.dtype), swept.mean, out=swept.mean)
             ctx.save_for_backward(g, k)
             ctx.dtype = hidden.dtype

@@ -119,10 +119,11 @@ class DDPO(Objective):
 class DPA(Objective):
     """mean_i softplus(l_i(y_l) - l_i(y_w)) + alpha * Σ ``anchor_kl`` / ``anchor_size``.
 
-    l_i(y) is the policy's summed log-prob over the k-th marked span, no reference and no β; i runs over the spans that
-    both answers of the pair have (none: 0, counted in ``spans/missing``). ``anchor_kl`` [M] is the per-token
-    KL(ref || π) on a second, ordinary batch of ``anchor_size`` answers; every pair carries that batch's mean, so the
-    mean over pairs holds it once. Source: HALVA 2405.18654. Rewards are the span sums.
+    l_i(y) is the policy's summed log-prob over the i-th marked span, no reference and no β; i runs over the spans that
+    either answer of the pair has, and a span the other lacks is 0 there, as released. A pair without spans has loss 0
+    and counts in ``spans/missing``. ``anchor_kl`` [M] is the per-token KL(ref || π) on a second, ordinary batch of
+    ``anchor_size`` answers; every pair carries that batch's mean, so the mean over pairs holds it once.
+    Source: HALVA 2405.18654, its value at one pair per micro-batch. Rewards are the span sums.
     Options: alpha >= 0 (0.4 at 7B); sft_weight >= 0.
     """
 
@@ -141,9 +142,9 @@ class DPA(Objective):
         cell = batch.branch * width + batch.spans.long()
         table = logp.new_zeros(batch.n_branches * width).index_add(0, cell, logp).view(-1, width)[:, 1:]
         there = (torch.bincount(cell, minlength=batch.n_branches * width).view(-1, width) > 0)[:, 1:]
-        both = (there[win] & there[lose]).to(logp.dtype)
-        phrases = torch.nn.functional.softplus(table[lose] - table[win]) * both
-        losses = phrases.sum(1) / both.sum(1).clamp(min=1)
+        either = (there[win] | there[lose]).to(logp.dtype)
+        phrases = torch.nn.functional.softplus(table[lose] - table[win]) * either
+        losses = phrases.sum(1) / either.sum(1).clamp(min=1)
         anchor = extra["anchor_kl"].sum() / int(extra["anchor_size"])
-        metrics = {"spans/missing": (both.sum(1) == 0).to(logp.dtype), "kl/anchor": anchor.expand_as(losses)}
-        return losses + self.alpha * anchor, (table[win] * both).sum(1), (table[lose] * both).sum(1), metrics
+        metrics = {"spans/missing": (either.sum(1) == 0).to(logp.dtype), "kl/anchor": anchor.expand_as(losses)}
+        return losses + self.alpha * anchor, table[win].sum(1), table[lose].sum(1), metrics

@@ -1,0 +1,8 @@
+"""Videos to clips: shots, groups of shots that look alike, keyframes; and which videos are usable at all."""
+
+from __future__ import annotations
+
+from tempo_fast.curate.folder import CurateResult, curate_folder, list_videos
+from tempo_fast.curate.video import Unusable, curate_video
+
+__all__ = ["CurateResult", "Unusable", "curate_folder", "curate_video", "list_videos"]

@@ -25,7 +25,8 @@ from tempo_fast.schema import Clips
 from tempo_fast.video.decode import open_decoder
 
 VIDEO_SUFFIXES = {
-    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
+    ".wmv",
 }  # fmt: skip
 _LIST_SUFFIXES = {".txt", ".lst", ".list"}
 _RULES = 1  # part of the journal's key: raise it when the same config must give other clips
@@ -42,7 +43,7 @@ class CurateResult:
 
 
 def list_videos(spec: str) -> list[Path]:
-    """The videos a user means: a folder (with its subfolders), a glob, one video file, or a text file with a path a line.
+    """The videos a user means: a folder (with subfolders), a glob, one video file, or a text file with a path a line.
 
     Folders give files with a video's suffix, sorted; lines of a text file are relative to that file, ``#`` starts a
     comment, and are kept even when no such file exists (the run then names it in the quarantine).

@@ -1,6 +1,7 @@
 """Shots that look alike, and the clips they make. Pure functions of numbers.
 
-Rules as coded by the TEMPLE authors (arXiv 2503.16929, ``tools/similarity.py``, ``clip_grouping``, ``filter_by_groups``).
+Rules as coded by the TEMPLE authors (arXiv 2503.16929: ``tools/similarity.py``, ``clip_grouping``,
+``filter_by_groups``).
 """
 
 from __future__ import annotations

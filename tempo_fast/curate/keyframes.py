@@ -1,4 +1,4 @@
-"""The two frames that stand for a clip: sharp ones near its thirds (TEMPLE, ``extract_frames``, ``tools/laplacian.py``)."""
+"""The two frames that stand for a clip: sharp ones near its thirds (TEMPLE: ``extract_frames``, ``laplacian.py``)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def keyframes(start: int, end: int, scores: Sequence[float], n: int = 2) -> list
             frames = np.array([min(end - 1, max(start, int(centre)))])
         window = np.cos(np.pi * (frames - centre) / interval).clip(0)
         # The small constant lets the window decide in a flat clip.
-        weight = (np.array([scores[f] for f in frames], dtype=np.float64) + 1e-6) * window
+        weight = (np.array([scores[int(f)] for f in frames], dtype=np.float64) + 1e-6) * window
         pick = int(frames[int(weight.argmax())])
         if pick not in chosen:
             chosen.append(pick)

@@ -88,7 +88,8 @@ WINDOW, OVERLAP = 2000, 400
 
 def windows(n: int, size: int = WINDOW, overlap: int = OVERLAP) -> list[Range]:
     """Overlapping ranges over n frames; the last one takes in the rest when less than an overlap would be left."""
-    out, start = [], 0
+    out: list[Range] = []
+    start = 0
     while True:
         end = start + size
         if n - end < overlap:

@@ -142,7 +142,7 @@ def _probe(path: str, size: int, mtime_ns: int) -> VideoInfo:
 
 
 def _packets(path: str, container: Any, stream: Any) -> list[Any]:
-    packets = []
+    packets: list[Any] = []
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DecodeError(f"{path}: is truncated or damaged (packet {len(packets)} is incomplete)")

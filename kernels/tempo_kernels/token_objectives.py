@@ -107,7 +107,7 @@ class DDPO(Objective):
             weights = batch.weights.to(logp.dtype)
         else:
             assert batch.spans is not None
-            weights = torch.where(batch.spans > 0, self.span_weight, 1.0).to(logp.dtype)
+            weights = torch.ones_like(logp).masked_fill(batch.spans > 0, self.span_weight)
         d = batch.sum(weights * sums.ratio)
         if self.average:
             total = batch.sum(weights)

@@ -107,7 +107,9 @@ def test_labels_on_slice_borders() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 8), v=st.integers(1, 200), d=st.integers(1, 9), width=st.integers(1, 70), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 8), v=st.integers(1, 200), d=st.integers(1, 9), width=st.integers(1, 70), seed=st.integers(0, 99)
+)
 def test_any_slice_width_gives_the_same_values(n: int, v: int, d: int, width: int, seed: int) -> None:
     hidden, weight, labels, ref = make(n, v, d, scale=3.0, seed=seed)
     truth = oracle(hidden, weight, labels, ref)

@@ -27,8 +27,8 @@ class VideoInfo:
 
     ``pts_s`` seconds from the first presented frame, ascending; ``fps`` the average rate (frames / duration, or the
     container's when they agree); ``width`` and ``height`` in pixels after the display rotation; ``rotation`` in degrees
-    clockwise (0, 90, 180, 270); ``has_edit_list`` is true when the container hides packets from presentation; ``vfr``
-    when frame gaps differ by more than the container's rounding.
+    clockwise (0, 90, 180, 270), ``mirrored`` when the display matrix also flips; ``has_edit_list`` is true when the
+    container hides packets from presentation; ``vfr`` when frame gaps differ by more than the container's rounding.
 
     For the decoder: ``ticks`` are the presentation times in stream units (empty when frames must be counted by decoding
     from the start), ``keyframes`` the frame numbers where decoding can start, ``seek_ticks`` their decode times.
@@ -44,6 +44,7 @@ class VideoInfo:
     width: int
     height: int
     rotation: int
+    mirrored: bool
     has_audio: bool
     has_edit_list: bool
     vfr: bool
@@ -130,6 +131,7 @@ def _probe(path: str, size: int, mtime_ns: int) -> VideoInfo:
         width=width,
         height=height,
         rotation=transform.clockwise,
+        mirrored=transform.mirrored,
         has_audio=has_audio,
         has_edit_list=hidden,
         vfr=bool(len(gaps) and float(gaps.max() - gaps.min()) > 2.5 * unit + 1e-6),
@@ -197,6 +199,11 @@ class DisplayTransform:
         if self.swap:
             return 90 if self.flip_x else 270 if self.flip_y else 90
         return 180 if self.flip_x and self.flip_y else 0
+
+    @property
+    def mirrored(self) -> bool:
+        """Not a pure rotation."""
+        return self.swap ^ self.flip_x ^ self.flip_y
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] as stored -> as displayed."""

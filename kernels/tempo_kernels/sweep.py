@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SLICE = 4096
-"""Most columns of a slice: a slab of 2048 rows is 32 MiB in float32."""
+SLICE = 2048
+"""Most columns of a slice: a slab of 2048 rows is 16 MiB in float32."""
 ROWS = 2048
 """Most rows walked together; the head is read once per block of rows."""
-HEADROOM = 60.0
-"""exp(z - offset) may reach e^60 before the offset moves; float32 overflows at e^88, and sums need room too."""
+LARGEST = 1e26
+"""A row of a slice may sum to e^60 before its offset moves: float32 ends at e^88, and later sums need room too."""
 
 
 class Swept(NamedTuple):
@@ -80,15 +80,17 @@ def _sweep_block(
             total = torch.zeros_like(offset)
             if mean is not None:
                 mean.zero_()
-        elif bool((z.amax(1) > offset + HEADROOM).any()):
+        sums = z.sub_(offset[:, None]).exp_().sum(1)
+        if bool((sums > LARGEST).any()):  # infinities too; NaN passes and reaches the result
+            torch.mm(x, head.T, out=z)
             higher = torch.maximum(offset, z.amax(1))
             shrink = torch.exp(offset - higher)
             total.mul_(shrink)
             if mean is not None:
                 mean.mul_(shrink[:, None])
             offset = higher
-        z.sub_(offset[:, None]).exp_()
-        total.add_(z.sum(1))
+            sums = z.sub_(offset[:, None]).exp_().sum(1)
+        total.add_(sums)
         if mean is not None:
             mean.addmm_(z, head)
     assert offset is not None and total is not None

@@ -1,0 +1,33 @@
+"""The command line of the benchmarks. Needs tempo_kernels: an installed tempo-fast, or the repository's root."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+NAMES = {"head": "per-token log-prob and KL of the loss head, forward and backward"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else ""
+    if name not in NAMES:
+        listing = "\n".join(f"  {key}  {what}" for key, what in NAMES.items())
+        asked = name in ("-h", "--help")
+        print(
+            f"usage: python -m bench NAME [options]\n{listing}" if asked
+            else f"bench: {'no name given' if not name else f'no benchmark {name!r}'}; there are:\n{listing}",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        return 0 if asked else 2
+    try:
+        importlib.import_module("tempo_kernels")
+    except ImportError:
+        sys.path.insert(0, str(KERNELS))
+    return int(importlib.import_module(f"bench.{name}").main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

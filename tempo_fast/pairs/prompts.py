@@ -1,19 +1,5 @@
-"""The instructions given to a model: for clip captions, two-clip windows, whole videos and aggregation."""
+"""The instructions of this room; their texts live on the ground floor, as evaluation asks with them too."""
 
-CLIP_PROMPT = "Describe what happens in this clip."
+from tempo_fast.prompts import AGGREGATE_PROMPT, CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT, draw_prompt
 
-WINDOW_PROMPT = "Clip 1 comes before clip 2. Say what happens in clip 1, then describe clip 2 on the last line."
-
-VIDEO_PROMPTS = [
-    "Describe this video in order.",
-    "Write a detailed caption for this video.",
-    "Tell what happens in the video from start to end.",
-    "List the events of this video as they occur.",
-    "Give a full description of the video.",
-    "What happens in this video, step by step?",
-]
-
-AGGREGATE_PROMPT = (
-    "These are captions of the consecutive clips of one video, in chronological order:\n{captions}\n"
-    "Write one paragraph that describes the entire video in this order. Do not mention clips or captions."
-)
+__all__ = ["AGGREGATE_PROMPT", "CLIP_PROMPT", "VIDEO_PROMPTS", "WINDOW_PROMPT", "draw_prompt"]

@@ -1,0 +1,247 @@
+"""Preference pairs from curated videos: captions, perturbations, descriptions, filters, records, audit.
+
+The chosen answer tells the clips in order; each rejected answer tells them perturbed. Rules as coded by the TEMPLE
+authors (arXiv 2503.16929), with the two switches ``perturb_on`` and ``instruction`` of PairsConfig.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tempo_fast.config import PairsConfig
+from tempo_fast.errors import InputError
+from tempo_fast.files import digest, read_jsonl, write_json, write_jsonl
+from tempo_fast.generation import AnswerCache, Engine, Request
+from tempo_fast.pairs.aggregate import aggregate
+from tempo_fast.pairs.captions import Captioner
+from tempo_fast.pairs.filters import Tally, coinciding, reject_reason
+from tempo_fast.pairs.prompts import VIDEO_PROMPTS, draw_prompt
+from tempo_fast.pairs.spans import differing_spans, union
+from tempo_fast.perturb import ClipOrder, perturb
+from tempo_fast.schema import Clips, PreferenceRecord, Rejected
+
+Records = dict[int, list[PreferenceRecord]]
+
+
+@dataclass
+class _Draw:
+    """One perturbation of one video, on its way to a rejected answer."""
+
+    video: int
+    kind: str
+    r: int
+    prompt: str
+    order: ClipOrder | None
+    text: str | None = None
+
+
+class PromptPool:
+    """Instructions to caption a video: the built-in ones, or those of a JSONL file with fields video and prompt.
+
+    Lines whose video is empty are for all videos; a video with lines of its own draws from those. A name matches the
+    whole path, or the file name alone.
+
+    Raises:
+        InputError: a line without prompt, or a file without lines.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self.common: list[str] = []
+        self.own: dict[str, list[str]] = defaultdict(list)
+        if not path:
+            self.common = list(VIDEO_PROMPTS)
+            return
+        for number, row in read_jsonl(path):
+            prompt, video = row.get("prompt"), row.get("video", "")
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError(f"{path}:{number}: field 'prompt' is missing or empty")
+            if not isinstance(video, str):
+                raise InputError(f"{path}:{number}: field 'video' must be str, got {type(video).__name__}")
+            (self.own[os.path.normpath(video)] if video else self.common).append(prompt)
+        if not self.common and not self.own:
+            raise InputError(f"{path}: data.prompts holds no line")
+
+    def draw(self, video: str, *key: object) -> str:
+        """The instruction of a video for this key. Raises InputError when the file has none for it."""
+        own = self.own.get(os.path.normpath(video)) or self.own.get(os.path.basename(video)) or self.common
+        if not own:
+            raise InputError(f"data.prompts: no prompt for {video}")
+        return draw_prompt(own, *key)
+
+
+def make_pairs(
+    videos: Sequence[Clips],
+    engine: Engine,
+    reader: Any,
+    config: PairsConfig,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    prompts: str = "",
+) -> tuple[Records, dict[str, Any]]:
+    """Make one record per video and r (``instruction: per_video``) or per video, r and kind (``per_pair``).
+
+    Writes ``captions.jsonl`` (answers, append-only: what makes it resumable), ``r<r>.jsonl`` and ``audit.json`` below
+    ``out``. The same videos, engine, config and seed give the same bytes, interrupted or not.
+
+    Args:
+        videos: curated videos (schema.Clips).
+        engine: generation.Engine that captions.
+        reader: video.reader.VideoReader.
+        out: folder.
+        seed: of perturbations and instructions.
+        prompts: ``data.prompts``, see PromptPool.
+
+    Returns:
+        ({r: records}, audit), the audit as ``audit.json`` holds it: ``stats[str(r)][kind]`` with made, filtered, and
+        the means length_ratio (characters, rejected / chosen), similarity, broken and kept; ``coincide``; ``failed``.
+
+    Raises:
+        InputError: there is no video, no pair is left, a prompt is missing, or the engine fails.
+    """
+    out = Path(out)
+    videos = list(videos)[: config.max_videos or None]
+    if not videos:
+        raise InputError("pairs: there is no curated video to make pairs from")
+    failed: list[dict[str, str]] = []
+    cache = AnswerCache(out / "captions.jsonl", engine)
+    captioner = Captioner(engine, reader, config, cache, failed)
+    pool = PromptPool(prompts)
+
+    clean = captioner.captions([(v, range(len(v.clips))) for v in videos], "captions")
+    known = [i for i, c in enumerate(clean) if c is not None]
+    told = aggregate(config.aggregate, [clean[i] or [] for i in known], cache, "chosen")
+    chosen = dict(zip(known, told, strict=True))
+    draws = [
+        draw
+        for i in known
+        for r in config.r
+        for kind in config.kinds
+        for draw in [_draw(i, videos[i], clean[i] or [], kind, r, config, pool, seed)]
+    ]
+    _answer(draws, videos, clean, config, captioner)
+
+    tallies = {(r, kind): Tally() for r in config.r for kind in config.kinds}
+    provenance = {
+        "engine": engine.provenance(),
+        "seed": seed,
+        **{k: getattr(config, k) for k in ("perturb_on", "frames_answer", "clip_input", "aggregate", "instruction")},
+    }
+    records: Records = {r: [] for r in config.r}
+    for r in config.r:
+        for i in known:
+            mine = [d for d in draws if d.video == i and d.r == r]
+            groups = [mine] if config.instruction == "per_video" else [[d] for d in mine]
+            for group in groups:
+                record = _record(videos[i], chosen[i], group, config, tallies, provenance)
+                if record is not None:
+                    records[r].append(record)
+
+    audit = {
+        "videos": len(videos),
+        "failed": failed,
+        "records": {str(r): len(rows) for r, rows in records.items()},
+        "pairs": {str(r): sum(len(x.rejected) for x in rows) for r, rows in records.items()},
+        "coincide": coinciding([len(videos[i].clips) for i in known], config.r),
+        "stats": {str(r): {kind: tallies[r, kind].row() for kind in config.kinds} for r in config.r},
+    }
+    for r, rows in records.items():
+        write_jsonl(out / f"r{r}.jsonl", rows)
+    write_json(out / "audit.json", audit)
+    if not any(records.values()):
+        raise InputError(f"{out / 'audit.json'}: no pair is left of {len(videos)} videos, 'stats' and 'failed' say why")
+    return records, audit
+
+
+def _draw(
+    index: int, video: Clips, captions: list[str], kind: str, r: int, config: PairsConfig, pool: PromptPool, seed: int
+) -> _Draw:
+    # An order that leaves what is perturbed unchanged is no perturbation: captions, or scenes when clips are shown.
+    labels: list[Any] = list(captions) if config.perturb_on == "captions" else [c.group for c in video.clips]
+    own_seed = int(digest(["perturb", seed, video.digest])[:12], 16)
+    key = [seed, video.digest] if config.instruction == "per_video" else [seed, video.digest, r, kind]
+    order = perturb(kind, len(labels), r, own_seed, labels=labels)
+    return _Draw(index, kind, r, pool.draw(video.video, *key), order)
+
+
+def _answer(
+    draws: list[_Draw],
+    videos: Sequence[Clips],
+    clean: Sequence[list[str] | None],
+    config: PairsConfig,
+    captioner: Captioner,
+) -> None:
+    """Fill in the texts of all draws that are perturbations."""
+    live = [d for d in draws if d.order is not None]
+    jobs = [(videos[d.video], d.order.order if d.order else ()) for d in live]
+    if config.perturb_on == "frames" and config.frames_answer == "video":
+        groups: list[list[Request] | None] = []
+        for draw, (video, order) in zip(live, jobs, strict=True):
+            ranges = [(video.clips[i].start_frame, video.clips[i].end_frame) for i in order]
+            try:
+                groups.append([Request((captioner.reader.plan_clips(video.video, ranges),), draw.prompt)])
+            except InputError as e:
+                captioner.fail(video, str(e))
+                groups.append(None)
+        for draw, texts in zip(live, captioner.ask([v for v, _ in jobs], groups, "perturbed videos"), strict=True):
+            draw.text = " ".join(texts[0].split()) if texts else None
+        return
+    told: list[list[str] | None]
+    if config.perturb_on == "frames":
+        told = captioner.captions(jobs, "perturbed clips")
+    else:
+        told = [[(clean[d.video] or [])[i] for i in order] for d, (_, order) in zip(live, jobs, strict=True)]
+    usable = [(d, c) for d, c in zip(live, told, strict=True) if c is not None]
+    texts_of = aggregate(config.aggregate, [c for _, c in usable], captioner.cache, "rejected")
+    for (draw, _), text in zip(usable, texts_of, strict=True):
+        draw.text = text
+
+
+def _record(
+    video: Clips,
+    chosen: str,
+    draws: Sequence[_Draw],
+    config: PairsConfig,
+    tallies: dict[tuple[int, str], Tally],
+    provenance: dict[str, Any],
+) -> PreferenceRecord | None:
+    rejected: list[Rejected] = []
+    spans = []
+    for draw in draws:
+        tally = tallies[draw.r, draw.kind]
+        if draw.order is None:
+            tally.filtered["identity"] += 1
+            continue
+        if draw.text is None:
+            tally.filtered["video_failed"] += 1
+            continue
+        reason = reject_reason(chosen, draw.text, draw.kind, config.max_length_ratio)
+        if reason is None and any(draw.text == other.text for other in rejected):
+            reason = "duplicate"
+        if reason is not None:
+            tally.filtered[reason] += 1
+            continue
+        of_chosen, of_rejected = differing_spans(chosen, draw.text)
+        order = draw.order
+        one = Rejected(draw.text, draw.kind, draw.r, list(order.order), order.broken, order.kept, of_rejected)
+        rejected.append(one)
+        spans.append(of_chosen)
+        tally.add(chosen, one)
+    if not rejected:
+        return None
+    name = f"{Path(video.video).stem}-{digest([video.video, video.digest])[:8]}/r{draws[0].r}"
+    return PreferenceRecord(
+        id=name if config.instruction == "per_video" else f"{name}/{draws[0].kind}",
+        video=video.video,
+        prompt=draws[0].prompt,
+        chosen=chosen,
+        rejected=rejected,
+        r=draws[0].r,
+        spans=union(spans),
+        provenance={**provenance, "video_digest": video.digest, "clips": len(video.clips)},
+    )

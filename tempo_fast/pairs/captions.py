@@ -1,0 +1,128 @@
+"""Captions of clips: the first clip alone, every other one in a window with the clip shown before it.
+
+The TEMPLE authors' way (arXiv 2503.16929, ``generator_base.py``). An order of clips is a list of clip numbers; the
+windows of an order are (first,), (first, second), (second, third), ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tempo_fast.config import PairsConfig
+from tempo_fast.errors import InputError
+from tempo_fast.generation import AnswerCache, Engine, Request
+from tempo_fast.pairs.aggregate import clean_caption
+from tempo_fast.pairs.prompts import CLIP_PROMPT, WINDOW_PROMPT
+from tempo_fast.schema import Clips
+
+Window = tuple[int, ...]
+
+
+def windows_of(order: Sequence[int]) -> list[Window]:
+    """The clips shown for each caption of an order: one, then always two."""
+    return [tuple(order[max(0, i - 1) : i + 1]) for i in range(len(order))]
+
+
+def clip_plan(reader: Any, clips: Clips, index: int, clip_input: str) -> Any:
+    """Frames a caption sees of one clip: its keyframes, or its frames at the sampled rate."""
+    clip = clips.clips[index]
+    if clip_input == "keyframes" and clip.keyframes:
+        return reader.plan(clips.video, clip.keyframes)
+    return reader.plan_range(clips.video, clip.start_frame, clip.end_frame)
+
+
+class Captioner:
+    """Captions of windows, each asked once, kept in an append-only file.
+
+    Args:
+        failed: videos that could not be read are appended here as {"video", "reason"} and left out.
+    """
+
+    def __init__(
+        self, engine: Engine, reader: Any, config: PairsConfig, cache: AnswerCache, failed: list[dict[str, str]]
+    ) -> None:
+        self.engine, self.reader, self.config, self.cache, self.failed = engine, reader, config, cache, failed
+
+    def captions(self, jobs: Sequence[tuple[Clips, Sequence[int]]], desc: str) -> list[list[str] | None]:
+        """Per (video, order): one caption per clip of the order, or None when the video cannot be read."""
+        requests = [self._requests(clips, order) for clips, order in jobs]
+        out: list[list[str] | None] = []
+        for (clips, _), answers in zip(jobs, self.ask([c for c, _ in jobs], requests, desc), strict=True):
+            texts = None if answers is None else [clean_caption(t) for t in answers]
+            if texts is not None and not all(texts):
+                self.fail(clips, f"the model gave no caption for clip {texts.index('')}")
+                texts = None
+            out.append(texts)
+        return out
+
+    def ask(
+        self, videos: Sequence[Clips], groups: Sequence[Sequence[Request] | None], desc: str
+    ) -> list[list[str] | None]:
+        """Answers per group of requests. When a video breaks, the others go on and it is put down as failed."""
+        try:
+            texts = iter(self.cache.answers([r for group in groups if group for r in group], desc))
+            return [None if group is None else [next(texts) for _ in group] for group in groups]
+        except InputError as e:
+            if not any(v.video in str(e) for v in videos):
+                raise  # the engine's own trouble, not a video's
+        out: list[list[str] | None] = []
+        for one, group in zip(videos, groups, strict=True):
+            try:
+                out.append(None if group is None or self.is_failed(one) else self.cache.answers(group))
+            except InputError as e:
+                if one.video not in str(e):
+                    raise
+                self.fail(one, str(e))
+                out.append(None)
+        return out
+
+    def _requests(self, clips: Clips, order: Sequence[int]) -> list[Request] | None:
+        if self.is_failed(clips):
+            return None
+        plans: dict[int, Any] = {}
+        try:
+            for index in order:
+                if index not in plans:
+                    plans[index] = clip_plan(self.reader, clips, index, self.config.clip_input)
+        except InputError as e:
+            self.fail(clips, str(e))
+            return None
+        return [
+            Request(tuple(plans[i] for i in window), CLIP_PROMPT if len(window) == 1 else WINDOW_PROMPT)
+            for window in windows_of(order)
+        ]
+
+    def fail(self, clips: Clips, reason: str) -> None:
+        if not self.is_failed(clips):
+            self.failed.append({"video": clips.video, "reason": reason})
+
+    def is_failed(self, clips: Clips) -> bool:
+        return any(f["video"] == clips.video for f in self.failed)
+
+
+def caption_videos(
+    videos: Sequence[Clips],
+    engine: Engine,
+    reader: Any,
+    config: PairsConfig,
+    cache_path: str | Path,
+    failed: list[dict[str, str]] | None = None,
+) -> dict[str, list[str]]:
+    """One caption per clip of every video, in order; resumable.
+
+    Args:
+        videos: curated videos.
+        cache_path: JSON lines of answers already given; grows.
+        failed: unreadable videos are appended as {"video", "reason"}.
+
+    Returns:
+        video -> captions, without the videos that failed.
+
+    Raises:
+        InputError: the engine fails, or the file cannot be written.
+    """
+    captioner = Captioner(engine, reader, config, AnswerCache(cache_path, engine), [] if failed is None else failed)
+    found = captioner.captions([(v, range(len(v.clips))) for v in videos], "captions")
+    return {v.video: c for v, c in zip(videos, found, strict=True) if c is not None}

@@ -1,0 +1,142 @@
+"""The engine's greedy tokens are the argmax of full forwards, whatever the batch; sampling is private and exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tempo_fast.config import GenerationConfig
+from tempo_fast.generation import Request, make_engine
+from tempo_fast.generation import transformers_engine as te
+from tempo_fast.models import Grid
+
+
+def greedy_by_full_forwards(bundle, reader, features, request, limit):
+    """No cache, no padding: a forward over everything for each token."""
+    family = bundle.family
+    prompt = family.build_prompt(
+        bundle.tokenizer, bundle.config, request.prompt, [Grid(*p.grid) for p in request.plans]
+    )
+    visual = features.features(family, bundle.model, reader, request.plans)
+    ids, position = prompt.input_ids[None], prompt.position_ids[:, None]
+    slots, out = prompt.visual[None], []
+    stop = family.answer_ids(bundle.tokenizer, "")[-1]
+    for step in range(limit):
+        with torch.no_grad():
+            hidden = family.hidden_states(bundle.model, ids, position, None, slots, visual)
+            token = int(family.head(bundle.model)(hidden[0, -1]).argmax())
+        if token == stop:
+            break
+        out.append(token)
+        ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        position = torch.cat([position, torch.full((3, 1, 1), prompt.next_position + step)], 2)
+        slots = torch.cat([slots, torch.zeros(1, 1, dtype=torch.bool)], 1)
+    return bundle.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def requests_of(make_plan):
+    """No video, one, two; long and short, odd frame counts, and a temporal extent far beyond the spatial one."""
+    a, b, c = make_plan("a", 3, 28, 56), make_plan("b", 14), make_plan("c", 2)
+    return [
+        Request((a,), "Describe what happens in this video in order."),
+        Request((), "What happened before the blue square?"),
+        Request((a, b), "Say it."),
+        Request((b,), "Describe it.", max_new_tokens=4),
+        Request((c,), "What happened before the blue square? It appears at last."),
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_greedy_equals_full_forwards(tiny, reader, make_plan, batch_size):
+    from tempo_fast.trees.vision import FeatureCache
+
+    features = FeatureCache()
+    requests = requests_of(make_plan)
+    engine = make_engine(GenerationConfig(batch_size=batch_size, max_new_tokens=9), tiny, reader, features, 0)
+    got = engine.generate(requests)
+    expected = [greedy_by_full_forwards(tiny, reader, features, r, r.max_new_tokens or 9) for r in requests]
+    assert got == expected
+    assert len(set(got)) > 2  # the model looks at its input
+    assert len(reader.calls) == 3  # one encoding per distinct plan
+
+
+def test_adapters_take_part(tiny, tiny_lora, reader, make_plan):
+    from tempo_fast.trees.vision import FeatureCache
+
+    requests = requests_of(make_plan)
+    config = GenerationConfig(max_new_tokens=8)
+    features = FeatureCache()
+    engine = make_engine(config, tiny_lora, reader, features, 0)
+    on = engine.generate(requests)
+    assert on == [greedy_by_full_forwards(tiny_lora, reader, features, r, r.max_new_tokens or 8) for r in requests]
+    with tiny_lora.model.disable_adapter():
+        off = engine.generate(requests)
+        assert engine.provenance()["adapter"] is None
+    assert off == make_engine(config, tiny, reader, None, 0).generate(requests)
+    assert on != off
+    digest = engine.provenance()["adapter"]
+    next(p for n, p in tiny_lora.model.named_parameters() if "lora_B" in n).data.add_(0.1)
+    assert engine.provenance()["adapter"] not in (None, digest)
+
+
+def test_positions_follow_the_pretraining_rule(tiny, reader, make_plan):
+    """transformers' own positions for a video differ and give another answer: ours must be the ones in use."""
+    request = Request((make_plan("long", 14),), "Describe it.")
+    engine = make_engine(GenerationConfig(max_new_tokens=8), tiny, reader, None, 0)
+    right = engine.generate([request])
+    shifted = te.left_pad
+
+    def squeezed(prompts, pad):
+        ids, positions, mask, visual = shifted(prompts, pad)
+        last = int(visual[0].nonzero().max())
+        positions[:, :, last + 1 :] -= 6
+        return ids, positions, mask, visual
+
+    te.left_pad, keep = squeezed, te.left_pad
+    try:
+        assert engine.generate([request]) != right
+    finally:
+        te.left_pad = keep
+
+
+def test_sampling_is_private_seeded_and_independent_of_the_batch(tiny, reader, make_plan):
+    requests = requests_of(make_plan)
+    config = GenerationConfig(temperature=0.9, max_new_tokens=8, batch_size=3)
+    state = torch.get_rng_state()
+    first = make_engine(config, tiny, reader, None, 5).generate(requests)
+    assert torch.equal(torch.get_rng_state(), state)
+    alone = [make_engine(config, tiny, reader, None, 5).generate([r])[0] for r in reversed(requests)]
+    assert first == alone[::-1]
+    assert first != make_engine(config, tiny, reader, None, 6).generate(requests)
+    assert first != make_engine(GenerationConfig(max_new_tokens=8), tiny, reader, None, 5).generate(requests)
+
+
+def test_gumbel_noise_samples_the_softmax():
+    """20,000 draws: every share within 4 standard errors of softmax(scores / T)."""
+    scores = torch.tensor([[1.0, -0.5, 0.3, 2.0, -30.0]])
+    n, temperature = 20_000, 0.7
+    sampler = te.PrivateSampling(temperature, [7])
+    draws = torch.stack([sampler(torch.empty(0), scores).argmax(-1) for _ in range(n)]).flatten()
+    share = torch.bincount(draws, minlength=5) / n
+    want = (scores[0] / temperature).softmax(-1)
+    assert ((share - want).abs() <= 4 * (want * (1 - want) / n).sqrt() + 1e-9).all()
+
+
+def test_repetition_penalty_is_on_when_asked(tiny, reader, make_plan):
+    request = [Request((make_plan("a", 4),), "Say it.")]
+    plain = make_engine(GenerationConfig(max_new_tokens=24), tiny, reader, None, 0).generate(request)
+    strong = make_engine(GenerationConfig(max_new_tokens=24, repetition_penalty=5.0), tiny, reader, None, 0)
+    assert strong.generate(request) != plain
+    assert strong.provenance()["repetition_penalty"] == 5.0
+
+
+def test_batches_respect_the_token_bound(tiny, reader, make_plan, monkeypatch):
+    requests = [Request((make_plan(str(i), 2 + i),), "Say it.") for i in range(7)]
+    engine = make_engine(GenerationConfig(max_new_tokens=5), tiny, reader, None, 0)
+    together = engine.generate(requests)
+    sizes = []
+    run = engine._batch
+    monkeypatch.setattr(te, "MAX_BATCH_TOKENS", 90)
+    monkeypatch.setattr(engine, "_batch", lambda r, p: sizes.append(len(r) * len(p[0].input_ids)) or run(r, p))
+    assert engine.generate(requests) == together
+    assert len(sizes) > 1 and all(s <= 90 for s in sizes)

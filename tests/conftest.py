@@ -198,3 +198,15 @@ def reader() -> FakeReader:
 @pytest.fixture
 def make_plan() -> type[FakePlan]:
     return FakePlan
+
+
+@pytest.fixture(scope="session")
+def plan_type() -> type[FakePlan]:
+    """``make_plan`` for fixtures of a wider scope."""
+    return FakePlan
+
+
+@pytest.fixture(scope="session")
+def lora() -> Any:
+    """The function ``add_lora``."""
+    return add_lora

@@ -11,8 +11,7 @@ import importlib
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -97,6 +96,9 @@ class DeepSpeedEngine:
         check_trainable(params)
         deepspeed = import_deepspeed(ranks.device)
         _join_group(ranks)
+        if ranks.device.type == "cpu":
+            # DeepSpeed would compile a shared-memory collective at the first start, for a minute; gloo does without
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self.stage, self.ranks = config.zero_stage, ranks
         self.max_grad_norm = config.max_grad_norm
@@ -107,7 +109,8 @@ class DeepSpeedEngine:
         if self.stage == 0:
             self.optimizer.register_step_pre_hook(self._measure)
         settings = zero_config(config, sum(p.numel() for p in params.values()), persist_below=persist_below)
-        with _frozen_vision_outside(module, self.stage):
+        self._outside = _FrozenVision(module, self.stage)
+        with self._outside:
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +122,8 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        with self._outside:
+            self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0) if self.stage else self._norm
         return norm if math.isfinite(norm) else math.inf
 
@@ -199,12 +203,12 @@ class DeepSpeedEngine:
 
     def sync_adapter(self) -> None:
         """Full float32 values into plain parameters, DeepSpeed's hooks removed. The engine is done after this."""
-        if self.stage == 3:
-            _restore_parameters(self.module, {id(p): self._full(p) for p in self.params.values()}, self.engine)
-        else:
-            with torch.no_grad():
+        with torch.no_grad(), self._outside:
+            if self.stage == 3:
+                _restore_parameters(self.module, {id(p): self._full(p) for p in self.params.values()}, self.engine)
+            else:
                 self._masters_to_weights()
-            self.engine.destroy()
+                self.engine.destroy()
         for p in self.module.parameters():
             p.grad = None
 
@@ -223,25 +227,28 @@ def _join_group(ranks: Ranks) -> None:
     dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", rank=0, world_size=1)
 
 
-@contextmanager
-def _frozen_vision_outside(module: nn.Module, stage: int) -> Iterator[None]:
-    """Hide a frozen vision tower from DeepSpeed while it takes the module over (stage 3 only)."""
-    family, model = getattr(module, "family", None), getattr(module, "model", None)
-    tower = family.vision_tower(model) if stage == 3 and family is not None and model is not None else None
-    if tower is None or any(p.requires_grad for p in tower.parameters()):
-        yield
-        return
-    homes = [(m, name) for m in module.modules() for name, child in m._modules.items() if child is tower]
-    order = [(m, list(m._modules)) for m, _ in homes]
-    for m, name in homes:
-        del m._modules[name]
-    try:
-        yield
-    finally:
-        for m, name in homes:
-            m._modules[name] = tower
-        for m, names in order:
-            m._modules.update({n: m._modules.pop(n) for n in names})
+class _FrozenVision:
+    """A frozen vision tower that DeepSpeed shall not see: each block in which DeepSpeed walks over all parameters runs
+    ``with`` it, and there the tower hangs on nothing."""
+
+    def __init__(self, module: nn.Module, stage: int) -> None:
+        family, model = getattr(module, "family", None), getattr(module, "model", None)
+        tower = family.vision_tower(model) if stage == 3 and family is not None and model is not None else None
+        self._homes: list[tuple[nn.Module, str, list[str]]] = []
+        if tower is not None and not any(p.requires_grad for p in tower.parameters()):
+            self._homes = [
+                (m, name, list(m._modules)) for m in module.modules() for name, x in m._modules.items() if x is tower
+            ]
+        self._tower = tower
+
+    def __enter__(self) -> None:
+        for parent, name, _ in self._homes:
+            del parent._modules[name]
+
+    def __exit__(self, *_: object) -> None:
+        for parent, name, order in self._homes:
+            parent._modules[name] = self._tower
+            parent._modules.update({n: parent._modules.pop(n) for n in order})
 
 
 def _restore_parameters(module: nn.Module, trained: dict[int, Tensor], engine: Any) -> None:

@@ -1,0 +1,152 @@
+"""Train a few steps on whatever ranks there are; run by ``torchrun`` from test_ranks_zero.py, or called directly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import conftest  # noqa: E402
+import torch  # noqa: E402
+
+from tempo_fast.config import TrainConfig  # noqa: E402
+from tempo_fast.runtime.engine import TorchEngine, make_train_engine  # noqa: E402
+from tempo_fast.runtime.ranks import Ranks  # noqa: E402
+from tempo_fast.training.module import TrainModule  # noqa: E402
+from tempo_fast.trees.batch import collate  # noqa: E402
+from tempo_fast.trees.layout import build_tree  # noqa: E402
+from tempo_fast.trees.vision import FeatureCache  # noqa: E402
+from tempo_kernels.head import head_statistics  # noqa: E402
+from tempo_kernels.objectives import BranchBatch, make_objective  # noqa: E402
+
+STEPS = 4
+ANSWERS = ["A red circle moves left.", "Then a blue square grows.", "x", "It appears at last.", "A green triangle"]
+
+
+def make_trees(bundle: Any) -> list[Any]:
+    """Six trees of 1 + 1 to 1 + 3 answers, odd frame counts, one without a video."""
+    out = []
+    for i in range(6):
+        answers = [f"{i} {ANSWERS[(i + j) % 5]}" for j in range(2 + i % 3)]
+        plans = [] if i == 3 else [conftest.FakePlan(f"v{i}", 1 + i, 28, 28 if i % 2 else 56)]
+        spans = [[[2, len(a)]] for a in answers]
+        out.append(
+            build_tree(
+                bundle.family, bundle.tokenizer, bundle.config,
+                id=str(i), prompt_text="What happened?", answers=answers, spans=spans, plans=plans,
+            )  # fmt: skip
+        )
+    return out
+
+
+def pairs_of(packed: Any) -> BranchBatch:
+    chosen = [b[0] for b in packed.tree_branches for _ in b[1:]]
+    rejected = [x for b in packed.tree_branches for x in b[1:]]
+    return BranchBatch(
+        branch=packed.branch,
+        n_branches=packed.n_branches,
+        chosen=torch.tensor(chosen),
+        rejected=torch.tensor(rejected),
+        spans=packed.spans,
+    )
+
+
+def reference_of(bundle: Any, packed: Any, visual: Any) -> Any:
+    from tempo_fast.reference.fill import reference_mode
+    from tempo_fast.trees.forward import tree_hidden
+
+    with reference_mode(bundle.model):
+        hidden = tree_hidden(bundle, bundle.model, packed, visual)
+        return head_statistics(hidden, bundle.family.head(bundle.model).weight, packed.labels)
+
+
+def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, resume_at: int = 0) -> dict[str, Any]:
+    """Losses and gradient norms of STEPS steps over all ranks, one tree per micro-batch, and the trained weights after
+    ``sync_adapter``. ``resume_at`` goes on in a second engine from the first one's state."""
+    options = {"beta": 0.3, "alpha": 0.5} if objective == "rrpo" else {"beta": 0.3, "sft_weight": 1.0}
+    reader, cache = conftest.FakeReader(), FeatureCache()
+    trees = make_trees(bundle)
+    batches = []
+    for tree in trees:
+        packed = collate([tree])
+        visual = cache.features(bundle.family, bundle.model, reader, packed.plans)
+        batches.append((packed, pairs_of(packed), visual, reference_of(bundle, packed, visual)))
+    before = {n: p.detach().clone() for n, p in bundle.model.named_parameters() if p.requires_grad}
+    module = TrainModule(bundle.model, bundle.family, make_objective(objective, **options))
+
+    def engine_of() -> Any:
+        params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if config.engine == "torch":
+            return make_train_engine(module, params, config, ranks)
+        from tempo_fast.runtime.zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, params, config, ranks, persist_below=0)  # so that tiny weights are partitioned
+
+    engine = engine_of()
+    total = sum(len(b[1].chosen) for b in batches)
+    losses, norms = [], []
+    for step in range(STEPS):
+        if resume_at and step == resume_at:
+            state = engine.state_dict()
+            engine.sync_adapter()
+            with torch.no_grad():
+                for n, p in bundle.model.named_parameters():
+                    if n in before:
+                        p.copy_(before[n])
+            engine = engine_of()
+            engine.load_state_dict(state)
+        loss_sum = torch.zeros(1, dtype=torch.float64)
+        for packed, batch, visual, reference in batches[ranks.rank :: ranks.world]:
+            loss, _ = engine(packed, batch, ["drop"] * len(batch.chosen), features=visual, reference=reference)
+            engine.backward(loss * (ranks.world / total))
+            loss_sum += loss.detach().double() / total
+        losses.append(float(ranks.all_reduce_sum(loss_sum)))
+        norms.append(engine.step(1e-2))
+    partitioned = sum(hasattr(p, "ds_id") for p in module.parameters())
+    vision_outside = not any(hasattr(p, "ds_id") for p in bundle.family.vision_tower(bundle.model).parameters())
+    engine.sync_adapter()
+    plain = not any(hasattr(p, "ds_id") for p in module.parameters())
+    # the module works without the engine, and another engine takes it up
+    packed, batch, visual, reference = batches[0]
+    again, _ = module(packed, batch, ["drop"] * len(batch.chosen), features=visual, reference=reference)
+    TorchEngine(module, {n: p for n, p in module.named_parameters() if p.requires_grad}, config)
+    weights = {n: p.detach().double().sum().item() for n, p in module.named_parameters() if p.requires_grad}
+    squares = {n: p.detach().double().square().sum().item() for n, p in module.named_parameters() if p.requires_grad}
+    return {
+        "losses": losses, "norms": norms, "sums": weights, "squares": squares, "after": float(again.detach()),
+        "partitioned": partitioned, "vision_outside": vision_outside, "plain": plain,
+    }  # fmt: skip
+
+
+def config_of(engine: str, stage: int) -> TrainConfig:
+    return dataclasses.replace(TrainConfig(), engine=engine, zero_stage=stage, max_grad_norm=0.5, weight_decay=0.1)
+
+
+def bundle_of(path: str, dtype: str) -> Any:
+    from tempo_fast.models.load import load_bundle
+
+    return conftest.add_lora(load_bundle(path, dtype, "cpu"))
+
+
+def main(folder: str, out: str, cases: list[list[Any]]) -> None:
+    from tempo_fast.runtime.ranks import close_ranks, init_ranks
+
+    ranks = init_ranks()
+    results = {}
+    for head, stage, dtype, objective, resume_at in cases:
+        result = train(bundle_of(f"{folder}/{head}", dtype), config_of("deepspeed", stage), ranks, objective, resume_at=resume_at)
+        every = ranks.all_gather_object(result)
+        assert all(r["sums"] == result["sums"] for r in every), "ranks hold different weights"
+        results[f"{head}-{stage}-{dtype}-{objective}-{resume_at}"] = result
+    if ranks.is_main:
+        Path(out).write_text(json.dumps(results))
+    ranks.barrier()
+    close_ranks()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,7 +73,10 @@ def load_bundle(path: str, dtype: str = "float32", device: str = "auto") -> Bund
         device: ``auto``, ``cpu`` or ``cuda``.
     """
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging as hf_logging
 
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
     folder = str(resolve_path(path))
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     family = get_family(config.model_type)

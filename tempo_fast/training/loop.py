@@ -36,6 +36,7 @@ from tempo_fast.training.module import Sums, TrainModule
 from tempo_fast.trees.batch import collate, collate_rows
 from tempo_fast.trees.vision import FeatureCache
 from tempo_fast.video.reader import VideoReader
+from tempo_kernels.head import HeadStatistics
 from tempo_kernels.objectives import make_objective
 
 log = logging.getLogger("tempo_fast")
@@ -137,8 +138,8 @@ def run_stage(
     except ValueError as e:
         raise InputError(f"train.objective: {e}") from e
     steps = plan_steps([i.n_pairs for i in items], stage.batch_size, ctx.seed, stage.name, stage.epochs)
-    per_epoch = len(steps) // stage.epochs
     steps = steps[: stage.max_steps or None]
+    all_pairs = sum(i.n_pairs for i in items)
 
     module = TrainModule(bundle.model, bundle.family, objective)
     _set_mode(bundle, t, stage.vision_lora)
@@ -165,7 +166,7 @@ def run_stage(
                 if not torch.isfinite(loss):
                     names = ", ".join(items[i].tree.id for i in micro)
                     raise InputError(
-                        f"train.{stage.name}: the loss is {float(loss)} at step {index + 1} (records {names}); "
+                        f"train.{stage.name}: the loss is {loss.item()} at step {index + 1} (records {names}); "
                         f"nothing was saved after step {saved}"
                     )
                 # Engines average over ranks; a pair weighs 1 / (pairs of the whole step) wherever it ran.
@@ -190,7 +191,7 @@ def run_stage(
                 "step": index + 1,
                 "stage": stage.name,
                 "stage_step": index + 1,
-                "epoch": round((index + 1) / max(1, per_epoch), 4),
+                "epoch": round(sum(items[i].n_pairs for s in steps[: index + 1] for i in s) / all_pairs, 4),
                 "learning_rate": lr,
                 "grad_norm": norm,
                 "num_tokens": tokens_seen,
@@ -262,7 +263,8 @@ def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Ite
     if store is not None:
         hits_before, misses_before = store.hits, store.misses
         keys = [store.key(tree, b) for tree in trees for b in range(len(tree.branches))]
-        inputs["reference"] = store.get(keys, kl=store.kl).to(bundle.device)
+        cached = store.get(keys, kl=store.kl)
+        inputs["reference"] = HeadStatistics(*(None if t is None else t.to(bundle.device) for t in cached))
         hits, misses = store.hits - hits_before, store.misses - misses_before
     loss, sums = engine(packed, batch, kinds, **inputs)
     return loss, sums, (packed.n_tokens, len(plans), hits, misses)

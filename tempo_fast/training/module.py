@@ -77,10 +77,8 @@ class TrainModule(nn.Module):
             features = self.family.encode_vision(self.model, pixels, grids)
         hidden = tree_hidden(self.family, self.model, packed, features)
         with gathered_head(self.family.head(self.model)) as weight:
-            with_kl = reference is not None and reference.mean_embedding is not None
-            head = linear_logp(hidden, weight, packed.labels, reference=reference if with_kl else None)
-        ref_logp = None if reference is None else reference.logp
-        out = self.objective(head.logp, ref_logp, head.kl, batch)
+            head = linear_logp(hidden, weight, packed.labels, reference=reference)
+        out = self.objective(head.logp, head.ref_logp, head.kl, batch)
         sums = self._metrics(out, head.logp, head.kl, batch, kinds)
         return out.losses.sum(), sums
 

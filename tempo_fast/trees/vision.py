@@ -107,10 +107,14 @@ class FeatureCache:
         self._towers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._count = itertools.count()
 
-    def features(self, family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any]) -> Tensor | None:
+    def features(
+        self, family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any], *, together: bool = False
+    ) -> Tensor | None:
         """Features [G, D] of ``plans`` in order, without graph, the tower in eval mode; None when there are none.
 
-        Videos that are not cached are encoded together in one vision call.
+        Each video that is not cached is encoded by a call of its own, so that its features do not depend, not even in
+        rounding, on what else was asked for: a resumed run is bit-equal. ``together`` encodes them in one call, for many
+        short clips.
         """
         if not plans:
             return None
@@ -129,16 +133,17 @@ class FeatureCache:
                 found[plan.key] = entry
         self.hits += len(found)
         self.misses += len(todo)
-        if todo:
+        missing = list(todo.values())
+        for call in [missing] if together and missing else [[plan] for plan in missing]:
             start = time.perf_counter()
-            new, waited = _encode(family, model, reader, list(todo.values()), False)
+            new, waited = _encode(family, model, reader, call, False)
             self.decode_seconds += waited
             self.encode_seconds += time.perf_counter() - start - waited
             assert new is not None
-            for plan, piece in zip(todo.values(), _split(new, list(todo.values())), strict=True):
+            for plan, piece in zip(call, _split(new, call), strict=True):
                 found[plan.key] = piece
                 # a slice would keep the whole call's features alive
-                self._keep((plan.key, tag), piece if len(todo) == 1 else piece.clone())
+                self._keep((plan.key, tag), piece if len(call) == 1 else piece.clone())
         return torch.cat([found[plan.key] for plan in plans]) if len(plans) > 1 else found[plans[0].key]
 
     def clear(self) -> None:

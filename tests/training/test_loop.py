@@ -1,0 +1,229 @@
+"""A stage on a random tiny model: learning, resuming, refusing, the same result however the work is cut."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempo_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
+from tempo_fast.errors import InputError, Interrupted
+from tempo_fast.files import file_digest
+from tempo_fast.models.load import Bundle, load_bundle
+from tempo_fast.reference.fill import fill
+from tempo_fast.reference.store import ReferenceStore
+from tempo_fast.runtime.ranks import Ranks
+from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
+from tempo_fast.training.data import Item
+from tempo_fast.training.loop import Context, Stage, finished, run_stage
+from tempo_fast.trees.layout import build_tree
+from tempo_fast.trees.vision import FeatureCache
+
+ANSWERS = [
+    ["A red circle moves left. Then a blue square grows.", "Then a blue square grows. A red circle moves left."],
+    ["It appears at last.", "A green triangle moves right. It appears at last.", "It.", "A circle appears."],
+    ["A blue square moves left.", "A red circle grows at last."],
+    ["Then a green circle grows.", "A red square appears.", "At last it moves."],
+]
+
+
+class StopAt:
+    """Stands in for a signal: stops at the n-th look."""
+
+    def __init__(self, looks: int = 0) -> None:
+        self.left = looks
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted("stopped", 130)
+
+
+@pytest.fixture(scope="module")
+def items(tiny: Bundle, plan_type) -> list[Item]:
+    out = []
+    for i, answers in enumerate(ANSWERS):
+        plans = [] if i == 3 else [plan_type(f"v{i}", 3 + 2 * i)]
+        tree = build_tree(
+            tiny.family, tiny.tokenizer, tiny.config, id=f"r{i}", prompt_text="Describe.", answers=answers, plans=plans
+        )
+        out.append(Item(tree, ["shuffle", "drop", "reverse"][: len(answers) - 1]))
+    return out
+
+
+def make_context(out: Path, reader, stopper=None, **train) -> Context:
+    config = TrainConfig(gradient_checkpointing=False, save_steps=2, **train)
+    return Context(config, 7, out, reader, FeatureCache(), Ranks(), stopper or StopAt())
+
+
+def make_stage(bundle_path: str, **changes) -> Stage:
+    stage = Stage(
+        name="stage1_r16",
+        r=16,
+        objective=ObjectiveConfig("dpo", {"beta": 0.5, "sft_weight": 0.2}),
+        learning_rate=5e-3,
+        epochs=3,
+        batch_size=3,
+        lora=LoraConfig(r=4, alpha=8, dropout=0.1),
+        base=bundle_path,
+        base_digest="0",
+    )
+    return dataclasses.replace(stage, **changes)
+
+
+def fresh(tiny_path: str, stage: Stage) -> Bundle:
+    bundle = load_bundle(tiny_path, "float32", "cpu")
+    attach_lora(bundle, stage.lora, seed=7, vision=stage.vision_lora)
+    return bundle
+
+
+def filled(bundle: Bundle, items: list[Item], ctx: Context, root: Path, kl: bool = True) -> ReferenceStore:
+    store = ReferenceStore(root, {"reference": "tiny"})
+    store.kl = kl
+    fill(bundle, store, [i.tree for i in items], ctx.reader, ctx.features, kl=kl, max_tokens=4096)
+    return store
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(tmp: Path, tiny_path: str, items: list[Item], reader, *, stage_changes=None, stopper=None, **config):
+    ctx = make_context(tmp / "train", reader, stopper, **config)
+    stage = make_stage(tiny_path, **(stage_changes or {}))
+    bundle = fresh(tiny_path, stage)
+    store = filled(bundle, items, ctx, tmp / "store") if stage.objective.name != "sft" else None
+    return run_stage(stage, ctx, bundle, items, store), tmp / "train" / stage.name
+
+
+def test_learns_and_reports(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    result, folder = train(tmp_path, tiny_path, items, reader, stage_changes={"epochs": 12})
+    rows = rows_of(folder)
+    assert [r["stage_step"] for r in rows] == list(range(1, result["steps"] + 1))
+    first = rows[0]
+    # policy is reference before the first step, but for the rounding of other shapes: dropout is harmless while B is 0
+    assert abs(first["rewards/margins"]) < 1e-5 and abs(first["rewards/chosen"]) < 1e-5
+    assert first["kl/chosen"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["rewards/margins"] > 0.5 and result["accuracy"] == 1.0
+    assert result["loss_last"] < result["loss_first"] and result["pairs"] == 7
+    assert rows[-1]["kl/chosen"] > 1e-4
+    assert {"rewards/accuracies/shuffle", "perf/tokens_per_s", "mem/peak_gib", "grad_norm"} <= set(first)
+    assert not list(folder.glob("checkpoint-*"))
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_resumed_equals_uninterrupted(tmp_path: Path, tiny_path: str, items: list[Item], reader, stop: int) -> None:
+    _, plain = train(tmp_path / "a", tiny_path, items, reader)
+    with pytest.raises(Interrupted, match=f"after step {stop - 1} of"):
+        train(tmp_path / "b", tiny_path, items, reader, stopper=StopAt(stop))
+    # as if it had been killed: rows of steps that no checkpoint holds
+    with open(tmp_path / "b/train/stage1_r16/metrics.jsonl", "a") as f:
+        f.write(json.dumps({"stage_step": 99, "num_tokens": 1, "loss": 0}) + '\n{"torn')
+    _, resumed = train(tmp_path / "b", tiny_path, items, reader)
+    for name in ("loss", "grad_norm", "rewards/margins", "kl/chosen", "num_tokens", "learning_rate"):
+        assert [r[name] for r in rows_of(plain)] == [r[name] for r in rows_of(resumed)], name
+    adapters = [file_digest(f / "adapter" / "adapter_model.safetensors") for f in (plain, resumed)]
+    assert adapters[0] == adapters[1]
+
+
+def test_cut_of_a_step_does_not_matter(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    longest = max(i.tree.n_tokens for i in items)
+    dry = {"lora": LoraConfig(r=4, alpha=8, dropout=0.0), "batch_size": 7}
+    runs = [
+        train(tmp_path / name, tiny_path, items, reader, stage_changes=dry, **config)[1]
+        for name, config in (
+            ("packed", {"max_tokens": 4096}),
+            ("singly", {"max_tokens": longest}),
+            ("rows", {"max_tokens": 4096, "trees": False}),
+        )
+    ]
+    expected = rows_of(runs[0])
+    for folder in runs[1:]:
+        for row, want in zip(rows_of(folder), expected, strict=True):
+            assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
+            assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    losses = []
+    for on in (False, True):
+        ctx = make_context(tmp_path / str(on), reader)
+        ctx.train = dataclasses.replace(ctx.train, gradient_checkpointing=on)
+        stage = make_stage(tiny_path)
+        bundle = fresh(tiny_path, stage)
+        store = filled(bundle, items, ctx, tmp_path / str(on) / "store")
+        run_stage(stage, ctx, bundle, items, store)
+        losses.append([r["loss"] for r in rows_of(tmp_path / str(on) / stage.name)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_sft_with_vision_lora(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    single = [Item(dataclasses.replace(i.tree, branches=i.tree.branches[:1]), ["sft"]) for i in items]
+    changes = {
+        "name": "sft", "r": 0, "objective": ObjectiveConfig("sft", {}), "vision_lora": True, "epochs": 8, "batch_size": 4,
+    }  # fmt: skip
+    result, folder = train(tmp_path, tiny_path, single, reader, stage_changes=changes)
+    assert result["loss_last"] < 0.7 * result["loss_first"]
+    from safetensors.torch import load_file
+
+    weights = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
+    moved = [n for n, w in weights.items() if "visual" in n and "lora_B" in n and w.abs().max() > 0]
+    assert moved
+
+
+def test_nan_is_named_and_stops(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    ctx, stage = make_context(tmp_path, reader), make_stage(tiny_path)
+    bundle = fresh(tiny_path, stage)
+    store = filled(bundle, items, ctx, tmp_path / "store")
+    with torch.no_grad():
+        next(p for n, p in bundle.model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    with pytest.raises(InputError, match=r"train\.stage1_r16: the loss is nan at step 1 \(records r\d"):
+        run_stage(stage, ctx, bundle, items, store)
+
+
+def test_checkpoint_of_another_config_is_refused(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    with pytest.raises(Interrupted):
+        train(tmp_path, tiny_path, items, reader, stopper=StopAt(3))
+    with pytest.raises(InputError, match="belongs to another configuration: stage is .*0.001"):
+        train(tmp_path, tiny_path, items, reader, stage_changes={"learning_rate": 1e-3})
+    result, _ = train(tmp_path, tiny_path, items, reader)
+    ctx, stage = make_context(tmp_path / "train", reader), make_stage(tiny_path)
+    assert finished(stage, ctx, items) == result
+    with pytest.raises(InputError, match="another configuration: data is"):
+        finished(stage, ctx, items[:2])
+
+
+def test_too_long_is_named_before_decoding(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    ctx, stage = make_context(tmp_path, reader, max_tokens=40), make_stage(tiny_path)
+    with pytest.raises(InputError, match=r"record r\d: \d+ tokens exceed train.max_tokens 40"):
+        run_stage(stage, ctx, fresh(tiny_path, stage), items, None)
+    assert reader.calls == []
+
+
+def test_unknown_objective(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    with pytest.raises(InputError, match="train.objective: unknown objective 'dop'"):
+        train(tmp_path, tiny_path, items, reader, stage_changes={"objective": ObjectiveConfig("dop", {})})
+
+
+def test_merged_model_is_base_plus_adapter(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    _, folder = train(tmp_path, tiny_path, items, reader)
+    error = merge_lora(tiny_path, folder / "adapter", tmp_path / "merged", device="cpu")
+    assert error == 0.0
+    merged = load_bundle(str(tmp_path / "merged"), "float32", "cpu")
+    wrapped = copy.copy(load_bundle(tiny_path, "float32", "cpu"))
+    load_lora(wrapped, folder / "adapter", trainable=False)
+    tree = items[3].tree
+    ids, positions = tree.prompt.input_ids[None], tree.prompt.position_ids[:, None]
+    visual = torch.zeros_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        a = merged.family.hidden_states(merged.model, ids, positions, None, visual, None)
+        b = wrapped.family.hidden_states(wrapped.model.eval(), ids, positions, None, visual, None)
+        base = load_bundle(tiny_path, "float32", "cpu")
+        c = base.family.hidden_states(base.model, ids, positions, None, visual, None)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert (a - c).abs().max() > 1e-2
+    assert merged.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+

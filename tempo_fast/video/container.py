@@ -43,6 +43,10 @@ def check_file(path: str) -> None:
                 _check_iso(path, f, size)
             elif head[:4] == b"\x1aE\xdf\xa3":
                 _check_matroska(path, head, size)
+            elif head[:4] == b"RIFF":
+                stated = 8 + int.from_bytes(head[4:8], "little")
+                if stated > size:
+                    raise DecodeError(f"{path}: is truncated ({size} bytes of {stated})")
     except OSError as e:
         raise DecodeError(f"{path}: cannot be read ({e.strerror})") from e
 

@@ -82,8 +82,6 @@ def _probe(path: str, size: int, mtime_ns: int) -> VideoInfo:
         if not packets:
             raise DecodeError(f"{path}: its video stream is empty")
         hidden = any(p.is_discard for p in packets)
-        if "mov" not in container.format.name and 0 < len(packets) < stream.frames:
-            raise DecodeError(f"{path}: is truncated ({len(packets)} of {stream.frames} frames)")
         stated = float(stream.average_rate or stream.guessed_rate or 25)
         gap = 1.0 / stated
         unit = float(stream.time_base)

@@ -154,16 +154,19 @@ def pairs(run: Run) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         from tempo_fast.generation import make_engine
-        from tempo_fast.pairs.build import build_pairs
+        from tempo_fast.pairs.build import make_pairs
 
         clips = sorted(read_records(clips_path, Clips), key=lambda c: c.video)
-        if config.pairs.max_videos:
-            clips = clips[: config.pairs.max_videos]
         engine = make_engine(config.generation, run.bundle, run.reader, run.features, seed=config.seed)
-        return build_pairs(
-            clips, engine, run.reader, config.pairs, folder, seed=config.seed, model_digest=run.base_digest,
-            prompts=run.data.prompts,
-        )  # fmt: skip
+        _, audit = make_pairs(
+            clips, engine, run.reader, config.pairs, folder, seed=config.seed, prompts=run.data.prompts
+        )
+        return {
+            "records": sum(audit["records"].values()),
+            "pairs": sum(audit["pairs"].values()),
+            "coincide": audit["coincide"],
+            "quarantined": audit["failed"],
+        }
 
     return run.step("pairs", inputs, work)
 
@@ -335,7 +338,7 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
         InputError: bad input, in one sentence.
         Interrupted: SIGINT (130) or SIGTERM (75); the same call resumes.
     """
-    from tempo_fast.configio import save_config
+    from tempo_fast.configio import save_config  # beside us: it knows the recipe format, not the steps
 
     run = Run(config)
     save_config(config, run.out / "config.yaml")

@@ -77,7 +77,7 @@ class TransformersEngine:
         b = self.bundle
         for plans in by_video([plan for r in requests for plan in r.plans]):
             if len(plans) > 1:
-                self.features.features(b.family, b.model, shared_reader(self.reader, plans), plans)
+                self.features.features(b.family, b.model, shared_reader(self.reader, plans), plans, together=True)
 
     def _batches(self, order: Sequence[int], prompts: Sequence[Prompt]) -> list[list[int]]:
         batches: list[list[int]] = []

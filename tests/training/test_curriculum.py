@@ -1,0 +1,152 @@
+"""The order of stages, both kinds of reference, what is reused and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tempo_fast.config import EvalConfig, LoraConfig, RunConfig, StageConfig
+from tempo_fast.errors import InputError, Interrupted
+from tempo_fast.models.load import weights_digest
+from tempo_fast.runtime.ranks import Ranks
+from tempo_fast.schema import PreferenceRecord, Rejected, SFTRecord
+from tempo_fast.training.curriculum import Curriculum
+from tempo_fast.training.loop import Context
+from tempo_fast.trees.vision import FeatureCache
+
+CHOSEN = ["A red circle moves left. It appears at last.", "Then a blue square grows.", "A green triangle moves right."]
+
+
+def records(r: int) -> list[PreferenceRecord]:
+    return [
+        PreferenceRecord(
+            id=f"v{i}-r{r}",
+            video=f"v{i}",
+            prompt="Describe.",
+            chosen=chosen,
+            rejected=[Rejected(f"It moves {r} right.", "shuffle", r), Rejected(f"A circle {i} {r}.", "drop", r)],
+            r=r,
+        )
+        for i, chosen in enumerate(CHOSEN)
+    ]
+
+
+class Reader:
+    """Plans without files on top of the shared fake reader."""
+
+    def __init__(self, inner, plan_type, missing: tuple[str, ...] = ()) -> None:
+        self.inner, self.plan_type, self.missing = inner, plan_type, missing
+
+    def plan(self, video: str):
+        if video in self.missing:
+            raise InputError(f"{video}: cannot be read")
+        return self.plan_type(video, 4)
+
+    def pixels(self, plan):
+        return self.inner.pixels(plan)
+
+
+class Never:
+    def check(self) -> None:
+        return None
+
+
+class After(Never):
+    def __init__(self, looks: int) -> None:
+        self.left = looks
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted("stopped", 75)
+
+
+def curriculum(tmp_path: Path, tiny_path: str, reader, plan_type, *, stopper=None, missing=(), sft=True, **changes):
+    config = RunConfig(output_dir=str(tmp_path), eval=EvalConfig())
+    config.model.path, config.model.dtype, config.model.device = tiny_path, "float32", "cpu"
+    config.reference.kl = "always"
+    t = config.train
+    t.stages = [StageConfig(r=4, learning_rate=2e-3), StageConfig(r=2)]
+    t.lora = LoraConfig(r=4, alpha=8, dropout=0.0)
+    t.batch_size, t.learning_rate, t.gradient_checkpointing, t.save_steps = 2, 1e-3, False, 1
+    t.sft.batch_size = 2
+    for key, value in changes.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    ctx = Context(
+        config.train, 0, tmp_path / "train", Reader(reader, plan_type, missing), FeatureCache(), Ranks(), stopper or Never()
+    )
+    exchanges = [SFTRecord(f"s{i}", f"v{i}", "What happened?", c) for i, c in enumerate(CHOSEN)] if sft else None
+    return Curriculum(config, ctx, records, exchanges)
+
+
+def first_row(tmp_path: Path, stage: str) -> dict:
+    return json.loads((tmp_path / "train" / stage / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_base_reference(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    c = curriculum(tmp_path, tiny_path, reader, plan_type)
+    fills = c.fill_reference()
+    # each chosen answer is computed once in the whole run
+    assert [f["chosen_misses"] for f in fills] == [3, 0] and [f["chosen_hits"] for f in fills] == [0, 3]
+    assert [f["misses"] for f in fills] == [9, 6]
+    outcome = c.run()
+    one, two = outcome.stages
+    assert [s["name"] for s in outcome.stages] == ["stage1_r4", "stage2_r2"]
+    assert one["base"] == two["base"] == tiny_path
+    assert one["reference"]["misses"] == 9 and one["reference"]["read_misses"] == two["reference"]["read_misses"] == 0
+    assert abs(first_row(tmp_path, "stage1_r4")["rewards/margins"]) < 1e-5
+    # the same adapter goes on: its rewards are not zero when the second stage starts
+    assert abs(first_row(tmp_path, "stage2_r2")["rewards/chosen"]) > 1e-4
+    assert outcome.sft and outcome.control and outcome.sft["base"] != outcome.control["base"] == tiny_path
+    assert outcome.merged.endswith("merged") and weights_digest(outcome.merged) != weights_digest(tiny_path)
+
+
+def test_previous_stage_reference(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    c = curriculum(tmp_path, tiny_path, reader, plan_type, sft=False, reference__mode="previous_stage")
+    assert len(c.fill_reference()) == 1
+    one, two = c.run().stages
+    assert two["base"].endswith("stage1_r4/merged") and one["base"] == tiny_path
+    assert two["reference"]["chosen_misses"] == 3  # refilled at the boundary
+    for stage in ("stage1_r4", "stage2_r2"):
+        row = first_row(tmp_path, stage)
+        assert abs(row["rewards/chosen"]) < 1e-5 and abs(row["kl/chosen"]) < 1e-5
+
+
+@pytest.mark.parametrize("looks", [2, 5, 8])
+@pytest.mark.parametrize("mode", ["base", "previous_stage"])
+def test_interrupted_anywhere_gives_the_same(
+    tmp_path: Path, tiny_path: str, reader, plan_type, looks: int, mode: str
+) -> None:
+    whole = curriculum(tmp_path / "a", tiny_path, reader, plan_type, reference__mode=mode).run()
+    with pytest.raises(Interrupted):
+        curriculum(tmp_path / "b", tiny_path, reader, plan_type, reference__mode=mode, stopper=After(looks)).run()
+    again = curriculum(tmp_path / "b", tiny_path, reader, plan_type, reference__mode=mode).run()
+    assert weights_digest(whole.merged) == weights_digest(again.merged)
+
+
+def test_finished_stages_are_skipped(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    first = curriculum(tmp_path, tiny_path, reader, plan_type).run()
+    reader.calls.clear()
+    assert curriculum(tmp_path, tiny_path, reader, plan_type).run() == first
+    assert reader.calls == []
+
+
+def test_reference_free_objective_fills_nothing(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    from tempo_fast.config import ObjectiveConfig
+
+    c = curriculum(tmp_path, tiny_path, reader, plan_type, sft=False, train__objective=ObjectiveConfig("leanpo", {}))
+    assert c.fill_reference() == []
+    assert c.run().stages[0]["reference"]["misses"] == 0
+    assert not (tmp_path / "reference").exists()
+
+
+def test_one_bad_video_is_quarantined(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    outcome = curriculum(tmp_path, tiny_path, reader, plan_type, missing=("v1",)).run()
+    assert outcome.quarantined == [{"video": "v1", "reason": "v1: cannot be read"}]
+    assert [s["records"] for s in outcome.stages] == [2, 2]
+
+
+def test_no_usable_video_is_an_error(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    with pytest.raises(InputError, match="pairs: no usable record .first: v0: cannot be read"):
+        curriculum(tmp_path, tiny_path, reader, plan_type, missing=("v0", "v1", "v2")).run()

@@ -1,7 +1,7 @@
 """Two import packages in one distribution: ``tempo_fast``, and ``tempo_kernels`` out of ``kernels/``.
 
-``kernels/`` has no ``__init__.py``: a package of that name at the root would shadow the Hugging Face ``kernels`` library
-whenever Python starts in the repository. Everything else about the distribution stands in pyproject.toml.
+``kernels/`` has no ``__init__.py``: a package of that name at the root would shadow the Hugging Face ``kernels``
+library whenever Python starts in the repository. Everything else about the distribution stands in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

@@ -128,7 +128,11 @@ def _config_verb(verb: str, words: list[str]) -> None:
         print(f"RECIPE: a YAML file, the folder of an earlier run, or one of {', '.join(shipped_recipes())}.")
         if options:
             print(f"--until: stop after one of {', '.join(STEPS)}.")
-        print(f"\nKeys, with the values of {recipe} in brackets:" if recipe else "\nKeys, with their defaults in brackets:")
+        print(
+            f"\nKeys, with the values of {recipe} in brackets:"
+            if recipe
+            else "\nKeys, with their defaults in brackets:"
+        )
         print("Sections are overridden key by key, lists whole or by entry: --train.stages.0.epochs 2\n")
         print(describe_keys(load_config(recipe, overrides) if recipe else None))
         return
@@ -166,7 +170,9 @@ def _split(verb: str, words: list[str]) -> tuple[str | None, list[str], str | No
         elif recipe is None:
             recipe = word
         else:
-            raise InputError(f"{word}: unexpected word; the recipe is {recipe}, and overrides are written --key.sub value")
+            raise InputError(
+                f"{word}: unexpected word; the recipe is {recipe}, and overrides are written --key.sub value"
+            )
     return recipe, overrides, until, wants_help
 
 
@@ -188,7 +194,9 @@ def _merge(words: list[str]) -> None:
         raise InputError(f"{args.out}: exists and is not empty; --force replaces it")
     from tempo_fast.training.adapters import merge_lora
 
-    error = merge_lora(base, args.adapter, args.out, device=args.device, note={"base": base, "adapter": str(args.adapter)})
+    error = merge_lora(
+        base, args.adapter, args.out, device=args.device, note={"base": base, "adapter": str(args.adapter)}
+    )
     print(f"{args.out}: merged {args.adapter} into {base}; largest rounding error of a weight {error:.1e}")
 
 
@@ -220,7 +228,7 @@ def _tinyworld(words: list[str]) -> None:
         from tempo_fast.tinyworld.base import BASE_DIR, rebuild
 
         card = rebuild(args.out or BASE_DIR, seed=args.seed)
-        print(f"{args.out or BASE_DIR}: {card['parameters']} parameters, {card['seconds']} s, {card['weights_digest'][:12]}")
+        print(f"{args.out or BASE_DIR}: {card['parameters']} parameters, {card['seconds']} s")
         return
     from tempo_fast.tinyworld.generate import generate_world
 

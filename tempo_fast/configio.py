@@ -96,7 +96,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file (``1e-4`` is a number). Raises InputError naming the file and, where known, the line."""
+    """The mapping in a YAML file (``1e-4`` is a number). Raises InputError naming the file and, if known, line."""
     import yaml
 
     try:
@@ -151,7 +151,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_recipe(recipe)
     data = read_recipe(path)
     _check_tree(data, RunConfig, "", f"{path}: ")
-    if (Path(recipe) / "config.yaml").is_file() and Path(data.get("output_dir", "")).resolve() != Path(recipe).resolve():
+    if (Path(recipe) / "config.yaml").is_file() and Path(data.get("output_dir", "")).resolve() != Path(
+        recipe
+    ).resolve():
         data["output_dir"] = recipe  # the run was moved
     options = split_overrides(overrides)
     for key, text in options:

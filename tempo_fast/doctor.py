@@ -96,7 +96,9 @@ def _packages() -> list[tuple[str, str]]:
             found = util.find_spec(module) is not None
         except (ImportError, ValueError):
             found = False
-        rows.append((distribution, f"{_version(distribution)}: {purpose}" if found else f"missing, for {purpose}: {how}"))
+        rows.append(
+            (distribution, f"{_version(distribution)}: {purpose}" if found else f"missing, for {purpose}: {how}")
+        )
     return rows
 
 

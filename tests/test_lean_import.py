@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ["transformers", "peft", "deepspeed", "nvidia.dali", "av", "scenedetect", "cv2", "tensorboard", "vllm", "triton"]
+HEAVY = [
+    "transformers",
+    "peft",
+    "deepspeed",
+    "nvidia.dali",
+    "av",
+    "scenedetect",
+    "cv2",
+    "tensorboard",
+    "vllm",
+    "triton",
+]
 
 
 def loaded_after(code: str) -> dict:

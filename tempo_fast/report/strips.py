@@ -1,0 +1,141 @@
+"""Film strips: the clips of a video in the order told by the chosen answer, and in that of each rejected one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from tempo_fast.errors import InputError
+from tempo_fast.report.load import RunFiles
+from tempo_fast.schema import Clips, PreferenceRecord, events_of
+
+THUMB = 112  # px, longer side
+
+
+@dataclass
+class Sheet:
+    """Thumbnails of the page, each stored once as a CSS class."""
+
+    rules: list[str] = field(default_factory=list)
+
+    def add(self, jpeg: bytes) -> str:
+        name = f"f{len(self.rules)}"
+        data = base64.b64encode(jpeg).decode()
+        self.rules.append(f".{name}{{background-image:url(data:image/jpeg;base64,{data})}}")
+        return name
+
+
+def choose_records(records: Sequence[PreferenceRecord], kinds: int, skip: int = 0) -> list[PreferenceRecord]:
+    """Records that show every kind ``kinds`` times between them, those with most kinds first, from the ``skip``-th."""
+    ranked = sorted(records, key=lambda x: -len(x.rejected))
+    full = len(ranked[0].rejected) if ranked else 0
+    best = [x for x in ranked if len(x.rejected) == full]
+    start = skip % max(1, len(best))
+    shown: dict[str, int] = {}
+    chosen = []
+    for record in [*best[start:], *best[:start], *ranked[len(best) :]]:
+        if any(shown.get(x.kind, 0) < kinds for x in record.rejected):
+            chosen.append(record)
+            for x in record.rejected:
+                shown[x.kind] = shown.get(x.kind, 0) + 1
+    return chosen
+
+
+def thumbnails(clips: Clips) -> list[bytes]:
+    """One JPEG per clip, of its first keyframe. Raises InputError when the video cannot be read any more."""
+    from PIL import Image
+
+    from tempo_fast.video.decode import open_decoder
+
+    indices = [c.keyframes[0] if c.keyframes else (c.start_frame + c.end_frame) // 2 for c in clips.clips]
+    frames = open_decoder("pyav").decode(clips.video, indices).cpu().numpy()
+    out = []
+    for frame in frames:
+        picture = Image.fromarray(frame)
+        picture.thumbnail((THUMB, THUMB))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=82)
+        out.append(buffer.getvalue())
+    return out
+
+
+def record_card(run: RunFiles, record: PreferenceRecord, sheet: Sheet, most: int) -> str:
+    """One record: the clean strip with the chosen answer, then a strip per rejected answer."""
+    clips = find_clips(run, record.video)
+    names: list[str] = []
+    note, shape = "", "1"
+    if clips is None:
+        note = "the video is not among the curated ones any more"
+    else:
+        try:
+            names = [sheet.add(jpeg) for jpeg in thumbnails(clips)]
+            shape = _shape(clips)
+        except InputError as e:
+            note = str(e)
+    n = len(names) or max([1, *(max(x.order, default=0) + 1 for x in record.rejected)])
+    parts = [
+        '<article class="record">',
+        f'<p class="meta"><b>{escape(Path(record.video).name)}</b> · {n} clips · “{escape(record.prompt)}”</p>',
+    ]
+    if note:
+        parts.append(f'<p class="gap">No pictures: {escape(note)}.</p>')
+    parts.append(_row("chosen", "in order", names, list(range(n)), record.chosen, record.spans, most, shape))
+    for x in record.rejected:
+        detail = f"{x.broken:.0%} of adjacencies broken" if x.kind != "drop" else f"{x.kept:.0%} of clips kept"
+        parts.append(_row(x.kind, detail, names, x.order, x.text, x.spans, most, shape))
+    return "".join(parts) + "</article>"
+
+
+def find_clips(run: RunFiles, video: str) -> Clips | None:
+    """The curated video of a record, by path or by what the path resolves to."""
+    if video in run.clips:
+        return run.clips[video]
+    wanted = os.path.realpath(video)
+    return next((c for v, c in run.clips.items() if os.path.realpath(v) == wanted), None)
+
+
+def _shape(clips: Clips) -> str:
+    from tempo_fast.video.probe import probe
+
+    info = probe(clips.video)
+    return f"{info.width / info.height:.3f}"
+
+
+def _row(
+    kind: str, detail: str, names: list[str], order: list[int], text: str, spans: list[list[int]], most: int, shape: str
+) -> str:
+    sentences = events_of(text)
+    told = sentences if len(sentences) == len(order) else []
+    picked = range(len(order))
+    if len(order) > most:
+        picked = sorted({round(i * (len(order) - 1) / (most - 1)) for i in range(most)})  # type: ignore[assignment]
+    frames = []
+    for i in picked:
+        picture = (
+            f'<i class="{names[order[i]]}" style="aspect-ratio:{shape}"></i>' if order[i] < len(names) else "<i></i>"
+        )
+        moved = "" if kind in ("chosen", "drop") or order[i] == i else " moved"
+        caption = f"<span>{escape(told[i])}</span>" if told else ""
+        frames.append(f'<li class="{moved.strip()}">{picture}<b>{order[i] + 1}</b>{caption}</li>')
+    cut = f"; {len(picked)} of {len(order)} clips shown" if len(picked) < len(order) else ""
+    body = "" if told else f"<p class='answer'>{mark(text, spans)}</p>"
+    return (
+        f'<div class="strip {kind}"><h5><em>{kind}</em> {escape(detail)}{cut}</h5>'
+        f'<ol tabindex="0" aria-label="{kind}">{"".join(frames)}</ol>{body}</div>'
+    )
+
+
+def mark(text: str, spans: Sequence[Sequence[int]]) -> str:
+    """The text as HTML with its differing spans marked."""
+    out, at = [], 0
+    for start, end in sorted((int(a), int(b)) for a, b in spans):
+        if start < at or end > len(text):
+            continue
+        out += [escape(text[at:start]), "<mark>", escape(text[start:end]), "</mark>"]
+        at = end
+    return "".join([*out, escape(text[at:])])

@@ -73,8 +73,7 @@ def rebuild(
     model.train()
     with _bar(settings, progress) as report:
         lessons.look(model, seed, settings, report)
-        lessons.ground(model, tokenizer, seed, settings, report)
-        lessons.watch(model, tokenizer, seed, settings, report)
+        lessons.tell(model, tokenizer, seed, settings, report)
     seconds = time.monotonic() - started
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -121,7 +120,7 @@ def _bar(settings: Settings, wanted: bool):
     """A progress bar over all steps, silent when standard error is no terminal."""
     from tqdm import tqdm
 
-    total = settings.look_steps + settings.ground_steps + settings.watch_steps + settings.bank
+    total = settings.look_steps + settings.bank + settings.tell_steps
     with tqdm(total=total, unit="step", disable=not (wanted and sys.stderr.isatty())) as bar:
 
         def report(lesson: str, step: int, loss: float, accuracy: float) -> None:
@@ -135,6 +134,4 @@ def _bar(settings: Settings, wanted: bool):
 
 def quick(settings: Settings | None = None) -> Settings:
     """Settings of a few steps each: to see that a rebuild runs."""
-    return replace(
-        settings or Settings(), look_steps=2, ground_steps=4, watch_steps=4, bank=4, look_batch=8, ground_batch=4
-    )
+    return replace(settings or Settings(), look_steps=3, tell_steps=6, bank=3, look_batch=8, tell_tokens=400)

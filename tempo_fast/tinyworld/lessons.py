@@ -1,21 +1,21 @@
-"""The lessons that make the base model: looking, then clips and windows and short films, then long films.
+"""The two lessons that make the base model.
 
 1. `look`: the vision tower alone learns colour, shape and motion of frame pairs through a throw-away linear head.
-2. `ground`: tower and language model together learn clips, two-clip windows, short films and questions.
-3. `watch`: the tower is frozen, features of a bank of long films are computed once, and the language model learns
-   their captions, most of them out of order; clips and windows stay in the mix.
+2. `tell`: the tower is frozen, the features of a bank of films are computed once, and the language model learns clips,
+   two-clip windows, films and questions; most captions of films, and answers about order, are out of order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tempo_fast.prompts import CLIP_PROMPT, WINDOW_PROMPT
 from tempo_fast.tinyworld import render, tasks
 from tempo_fast.tinyworld.network import features_of, response_logits, see
 from tempo_fast.tinyworld.questions import TYPES
@@ -37,7 +37,8 @@ from tempo_fast.tinyworld.world import (
     stream,
 )
 
-LOOK, GROUND, WATCH, BANK = 101, 102, 103, 104  # streams of their own
+LOOK, TELL, BANK = 101, 102, 103  # streams of their own
+SHORT = 5  # clips of a film that a small part of the lesson can hold in mind
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,25 @@ class Settings:
     """What decides the base model beside its seed.
 
     Attributes:
-        look_steps, ground_steps, watch_steps: optimiser steps of the three lessons.
-        bank: long films whose features are kept for the last lesson.
+        look_steps, tell_steps: optimiser steps of the two lessons.
+        look_rate, tell_rate: peak learning rates; each lesson warms up and anneals to zero.
+        look_batch: frame pairs per step.
+        tell_tokens: about how many tokens a batch holds, in at most `tell_rows` rows.
+        bank: films whose features the second lesson uses.
         out_of_order: share of film captions, and of answers to questions of order, that do not follow the film.
-        out_of_order_long: the same for films of more than eight clips.
-        look_rate, ground_rate, watch_rate: peak learning rates; each lesson warms up and anneals to zero.
+        out_of_order_long: the same for films of more than `SHORT` clips.
     """
 
     look_steps: int = 1800
-    ground_steps: int = 480
-    watch_steps: int = 500
+    look_rate: float = 3e-3
+    look_batch: int = 96
+    tell_steps: int = 1000
+    tell_rate: float = 1.5e-3
+    tell_tokens: int = 2600
+    tell_rows: int = 32
     bank: int = 400
     out_of_order: float = 0.7
     out_of_order_long: float = 0.95
-    look_rate: float = 3e-3
-    ground_rate: float = 1.5e-3
-    watch_rate: float = 1e-3
-    look_batch: int = 96
-    ground_batch: int = 32
-    watch_batch: int = 8
 
 
 Report = Callable[[str, int, float, float], None]
@@ -124,100 +125,88 @@ def look(model, seed: int, settings: Settings, report: Report) -> None:
         report("look", step, loss.item(), right.mean().item())
 
 
-def ground_batch(seed: int, step: int, settings: Settings) -> list[Example]:
-    """A batch of one task and one frame size, so that little is padding."""
-    rng = stream(seed, GROUND, step)
-    variant = "portrait" if step % 7 == 3 else "plain"
-    task = ("clip", "window", "film", "question")[step % 4] if step > settings.ground_steps // 8 else "clip"
-    # films are four times as long as clips
-    rows = settings.ground_batch // (2 if task in ("film", "question") else 1)
-    return [short_example(rng, task, variant, settings) for _ in range(rows)]
-
-
-def short_example(rng: np.random.Generator, task: str, variant: str, settings: Settings) -> Example:
-    """An exchange about a clip, a window, or a film of two to four clips."""
-    if task == "clip":
-        return tasks.clip_example(rng, draw_film(rng, 1, variant))
-    if task == "window":
-        return tasks.window_example(rng, draw_film(rng, 2, variant))
-    film = draw_film(rng, int(rng.integers(2, 5)), variant)
-    return film_example(rng, film, [tasks.film_view(rng, film)], task, settings)
-
-
-def film_example(rng: np.random.Generator, film: Film, views: list[Tensor], task: str, settings: Settings) -> Example:
-    """A caption of the whole film, or a question about it."""
-    out_of_order = settings.out_of_order if len(film.clips) <= 8 else settings.out_of_order_long
-    if task == "film":
-        return Example(tasks.draw_prompt(rng), tasks.caption_text(rng, film, out_of_order), views)
-    return Example(*tasks.question_text(rng, film, TYPES, out_of_order), views)
-
-
-def train_batch(model, tokenizer, optimiser: Optimiser, examples: list[Example]) -> tuple[float, float]:
-    """One step on the mean token loss; returns (loss, token accuracy)."""
-    logits, targets, _ = response_logits(model, Rows(tokenizer, examples), features_of(model, examples))
-    loss = F.cross_entropy(logits, targets)
-    optimiser.step(loss)
-    return loss.item(), (logits.argmax(-1) == targets).float().mean().item()
-
-
-def ground(model, tokenizer, seed: int, settings: Settings, report: Report) -> None:
-    """Lesson 2."""
-    optimiser = Optimiser(model.parameters(), settings.ground_rate, settings.ground_steps)
-    for step in range(settings.ground_steps):
-        report("ground", step, *train_batch(model, tokenizer, optimiser, ground_batch(seed, step, settings)))
-
-
 @dataclass
 class Kept:
-    """A film of the bank with its features, fp16 [G, H]."""
+    """A film of the bank: its sampled frames, features fp16 [N, G, H] of the whole and of each clip's views."""
 
     film: Film
-    features: Tensor
-    shape: tuple[int, int, int]
+    sampled: np.ndarray
+    whole: Tensor
+    clips: list[list[Tensor]]
+    grid: tuple[int, int]
+
+    def part(self, first: int, last: int) -> tuple[Film, Tensor]:
+        """Clips first..last as a film, with the frame pairs that lie within it."""
+        start, end = self.film.clip_spans[first][0], self.film.clip_spans[last][1]
+        inside = (self.sampled[0::2] >= start) & (self.sampled[1::2] < end)
+        return replace(self.film, clips=self.film.clips[first : last + 1]), self.whole[torch.from_numpy(inside)]
 
 
 @torch.no_grad()
 def keep(model, seed: int, settings: Settings, report: Report) -> list[Kept]:
-    """Features of the bank's films: one in three short, the others 8 to 24 clips."""
+    """The bank: films of 16 to 24 clips with their features, two views of every clip."""
     kept = []
     for i in range(settings.bank):
         rng = stream(seed, BANK, i)
-        n_clips = int(rng.integers(3, 9)) if i % 3 == 2 else int(rng.integers(8, 25))
-        film = draw_film(rng, n_clips, "portrait" if i % 8 == 3 else "plain")
-        example = Example("", "", [tasks.film_view(rng, film)])
-        kept.append(Kept(film, features_of(model, [example]).half(), example.shapes()[0]))
+        film = draw_film(rng, int(rng.integers(16, 25)), "portrait" if i % 8 == 3 else "plain")
+        n = len(film.clips)
+        videos = [tasks.film_view(rng, film)]
+        videos += [tasks.clip_view(rng, film, k, keyframes) for k in range(n) for keyframes in (False, True)]
+        patches = [tasks.patchify(video) for video in videos]
+        grid = (videos[0].shape[2] // tasks.PATCH, videos[0].shape[3] // tasks.PATCH)
+        seen = see(model, torch.cat(patches), *grid).half().split([p.shape[0] for p in patches])
+        sampled = np.array(tasks.sample(0, film.n_frames))
+        kept.append(Kept(film, sampled, seen[0], [list(seen[1 + 2 * k : 3 + 2 * k]) for k in range(n)], grid))
         report("keep", i, 0.0, 0.0)
-    # neighbours in length share a batch
-    return sorted(kept, key=lambda k: k.features.shape[0])
+    return kept
 
 
-def watch_batches(seed: int, bank: list[Kept], settings: Settings) -> Iterator[list[Example]]:
-    """Endless batches of captions and questions about the bank's films, with a clip or window batch in every fourth."""
-    step = 0
-    while True:
-        rng = stream(seed, WATCH, step)
-        if step % 4 == 3:
-            task, variant = ("clip", "window")[step // 4 % 2], "portrait" if step % 7 == 3 else "plain"
-            yield [short_example(rng, task, variant, settings) for _ in range(settings.ground_batch)]
-        else:
-            task = "question" if step % 4 == 2 else "film"
-            start = int(rng.integers(max(1, len(bank) - settings.watch_batch + 1)))
-            rows = []
-            for item in bank[start : start + settings.watch_batch]:
-                example = film_example(rng, item.film, [], task, settings)
-                example.features, example.grids = [item.features], [item.shape]
-                rows.append(example)
-            yield rows
-        step += 1
+def tell_batch(seed: int, step: int, bank: Sequence[Kept], settings: Settings) -> list[Example]:
+    """A batch of one task: clips alone at first, then short films, then films of any length."""
+    rng = stream(seed, TELL, step)
+    progress = step / settings.tell_steps
+    task = "clip" if progress < 0.08 else ("clip", "window", "film", "film", "question", "film")[step % 6]
+    longest = SHORT if progress < 0.3 else 24
+    n = 1 if task == "clip" else 2 if task == "window" else int(rng.integers(2, longest + 1))
+    if longest > SHORT and task == "film" and step % 6 == 5:
+        n = 24  # whole films
+    length = 20 + 22 * n if task != "question" else 40 + 15 * n
+    rows = max(1, min(settings.tell_rows, settings.tell_tokens // length))
+    return [tell_example(rng, bank[int(rng.integers(len(bank)))], task, n, settings) for _ in range(rows)]
 
 
-def watch(model, tokenizer, seed: int, settings: Settings, report: Report) -> None:
-    """Lesson 3."""
+def tell_example(rng: np.random.Generator, item: Kept, task: str, n: int, settings: Settings) -> Example:
+    """An exchange about `n` consecutive clips of a film of the bank."""
+    n = min(n, len(item.film.clips))
+    first = int(rng.integers(len(item.film.clips) - n + 1))
+    clips = item.film.clips[first : first + n]
+    if task in ("clip", "window"):
+        # two in three clips are seen in full, the others by their keyframes
+        views = [item.clips[first + k][int(rng.random() < 1 / 3)] for k in range(n)]
+        if task == "clip":
+            return _of_features(CLIP_PROMPT, clips[0].event.text, views, item.grid)
+        return _of_features(WINDOW_PROMPT, tasks.window_answer(clips[0].event, clips[1].event), views, item.grid)
+    film, features = item.part(first, first + n - 1)
+    out_of_order = settings.out_of_order if n <= SHORT else settings.out_of_order_long
+    if task == "film":
+        return _of_features(tasks.draw_prompt(rng), tasks.caption_text(rng, film, out_of_order), [features], item.grid)
+    return _of_features(*tasks.question_text(rng, film, TYPES, out_of_order), [features], item.grid)
+
+
+def _of_features(prompt: str, response: str, views: list[Tensor], grid: tuple[int, int]) -> Example:
+    return Example(prompt, response, [], [v.flatten(0, 1) for v in views], [(v.shape[0], *grid) for v in views])
+
+
+def tell(model, tokenizer, seed: int, settings: Settings, report: Report) -> None:
+    """Lesson 2."""
+    bank = keep(model, seed, settings, report)
     tower = model.model.visual
     tower.requires_grad_(False)
-    bank = keep(model, seed, settings, report)
-    optimiser = Optimiser(model.parameters(), settings.watch_rate, settings.watch_steps)
-    batches = watch_batches(seed, bank, settings)
-    for step in range(settings.watch_steps):
-        report("watch", step, *train_batch(model, tokenizer, optimiser, next(batches)))
+    optimiser = Optimiser(model.parameters(), settings.tell_rate, settings.tell_steps)
+    for step in range(settings.tell_steps):
+        examples = tell_batch(seed, step, bank, settings)
+        logits, targets, _ = response_logits(model, Rows(tokenizer, examples), features_of(model, examples))
+        loss = F.cross_entropy(logits, targets)
+        optimiser.step(loss)
+        report("tell", step, loss.item(), (logits.argmax(-1) == targets).float().mean().item())
     tower.requires_grad_(True)

@@ -111,6 +111,8 @@ def score_base(
     scores: dict[str, Any] = {}
     films = [draw_film(rng, 2, "portrait" if i % 8 == 0 else "plain") for i in range(n_clips)]
     scores["clip_exact"] = exact(model, tokenizer, [tasks.clip_example(rng, f) for f in films])
+    two = [tasks.clip_example(rng, f, keyframes=True) for f in films]
+    scores["keyframes_exact"] = exact(model, tokenizer, two)
     scores["window_exact"] = exact(model, tokenizer, [tasks.window_example(rng, f) for f in films])
     long = [draw_film(rng, int(rng.integers(16, 25))) for _ in range(n_films)]
     views = [tasks.film_view(rng, f) for f in long]

@@ -65,16 +65,15 @@ class Example:
         return [(-(-v.shape[0] // 2), v.shape[2] // PATCH, v.shape[3] // PATCH) for v in self.videos]
 
 
-def clip_view(rng: np.random.Generator, film: Film, k: int) -> Tensor:
+def clip_view(rng: np.random.Generator, film: Film, k: int, keyframes: bool = False) -> Tensor:
     """One clip as the method shows it: sampled frames, or two keyframes near 1/3 and 2/3; with a little noise."""
     start, end = film.clip_spans[k]
     n = end - start
-    roll = rng.random()
-    if roll < 0.3:
+    if keyframes:
         spots = np.clip(rng.normal((1 / 3, 2 / 3), 0.05), (0.18, 0.53), (0.47, 0.82))
         indices = [start + int(s * (n - 1) + 0.5) for s in spots]
     else:
-        indices = sample(start, end, CLIP_MAX_FRAMES if roll < 0.65 else None)
+        indices = sample(start, end, CLIP_MAX_FRAMES if rng.random() < 0.5 else None)
     return noisy(rng, halve(render.frames(film, indices)))
 
 
@@ -99,10 +98,10 @@ def window_answer(first: Event, second: Event) -> str:
     return f"In clip 1, {first.text[0].lower()}{first.text[1:]}\n{second.text}"
 
 
-def clip_example(rng: np.random.Generator, film: Film) -> Example:
+def clip_example(rng: np.random.Generator, film: Film, keyframes: bool = False) -> Example:
     """Caption one clip."""
     k = int(rng.integers(len(film.clips)))
-    return Example(CLIP_PROMPT, film.clips[k].event.text, [clip_view(rng, film, k)])
+    return Example(CLIP_PROMPT, film.clips[k].event.text, [clip_view(rng, film, k, keyframes)])
 
 
 def window_example(rng: np.random.Generator, film: Film) -> Example:

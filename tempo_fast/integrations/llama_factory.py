@@ -1,0 +1,41 @@
+"""LLaMA-Factory: its DPO trainer with log-probs from hidden states, so that a prompt never reaches the head.
+
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+    from tempo_fast.integrations.llama_factory import HiddenLogpsMixin
+
+    class Trainer(HiddenLogpsMixin, CustomDPOTrainer):
+        pass
+
+The trainer's own loss math runs on the sums (or, for ipo, orpo and simpo, means) returned here. Not with
+``ld_alpha``. ``logits/*`` in the log are NaN: there are no logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempo_fast.integrations.answers import answer_logps
+
+
+class HiddenLogpsMixin:
+    """Put before the trainer in the bases. The batch holds all chosen rows, then all rejected rows."""
+
+    def concatenated_forward(
+        self: Any, model: Any, batch: dict[str, Any], is_ref_model: bool = False
+    ) -> dict[str, Tensor]:
+        """chosen_logps, rejected_logps, chosen_logps_avg [B], and NaN in place of the logits."""
+        if getattr(self, "ld_alpha", None) is not None:
+            raise ValueError("ld_alpha is not supported with log-probs from hidden states")
+        answers = answer_logps(model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+        half = answers.rows // 2
+        sums = answers.sums()
+        means = sums / answers.lengths()
+        logps = means if self.loss_type in ("ipo", "orpo", "simpo") else sums
+        nothing = torch.full((1,), float("nan"), device=sums.device)
+        return {
+            "chosen_logps": logps[:half], "rejected_logps": logps[half:], "chosen_logits": nothing,
+            "rejected_logits": nothing, "chosen_logps_avg": means[:half],
+        }

@@ -1,0 +1,53 @@
+"""ms-swift: its DPO trainer with log-probs from hidden states, so that a video's prompt never reaches the head.
+
+    from swift.rlhf_trainers.dpo_trainer import DPOTrainer
+    from tempo_fast.integrations.ms_swift import HiddenLogpsMixin
+
+    class Trainer(HiddenLogpsMixin, DPOTrainer):
+        pass
+
+The trainer's own loss math runs on the sums returned here. Not with padding-free rows, sequence parallelism,
+``ld_alpha`` or a router's auxiliary loss. ``logits/*`` in the log are NaN: there are no logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempo_fast.integrations.answers import answer_logps
+
+
+class HiddenLogpsMixin:
+    """Put before the trainer in the bases. The batch holds all chosen rows, then all rejected rows."""
+
+    def concatenated_forward(
+        self: Any, model: Any, batch: dict[str, Any], is_ref_model: bool = False
+    ) -> dict[str, Tensor]:
+        """chosen_logps and rejected_logps [B]; nll_loss, the chosen tokens' mean over the batch, for the policy."""
+        template, args = self.template, self.args
+        unsupported = {
+            "padding_free": getattr(template, "padding_free", False),
+            "sequence_parallel_size": getattr(template, "sequence_parallel_size", 1) > 1,
+            "ld_alpha": getattr(args, "ld_alpha", None) is not None,
+            "router_aux_loss_coef": getattr(self, "aux_loss_enabled", False),
+        }
+        for key, used in unsupported.items():
+            if used:
+                raise ValueError(f"{key} is not supported with log-probs from hidden states")
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "text_position_ids")}
+        answers = answer_logps(model, inputs, batch["labels"])
+        half = answers.rows // 2
+        sums = answers.sums()
+        types = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        logps = sums / answers.lengths() if "ipo" in types else sums
+        nothing = torch.full((), float("nan"), device=sums.device)
+        output = {
+            "chosen_logps": logps[:half], "rejected_logps": logps[half:],
+            "mean_chosen_logits": nothing, "mean_rejected_logits": nothing,
+        }
+        if not is_ref_model:
+            output["nll_loss"] = -answers.logp[answers.row < half].mean()
+        return output

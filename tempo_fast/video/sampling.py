@@ -40,6 +40,8 @@ def sample_frames(
 
     The count is n_total / fps_source * fps, clamped to [min_frames, max_frames] and to what the file has, then floored
     to a multiple of ``temporal``. A file with fewer than ``temporal`` frames gives all of them (both originals refuse).
+    transformers' arange can return one index too many, past the last frame, when the step is not a binary fraction; that
+    one is left out here.
 
     Args:
         rule: ``qwen_vl_utils`` or ``hf_qwen2_vl``.
@@ -89,7 +91,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     """Nearest size (height, width) in pixels whose sides are multiples of ``factor`` and whose area is in range.
 
     Aspect ratio is kept as closely as the factor allows; rounding is Python's (half to even), as in both originals.
-    When the range holds no such size, one factor per side is the floor, as in transformers.
+    No side goes below one factor (qwen-vl-utils; transformers differs for sides of at most half a factor).
 
     Raises:
         ValueError: a side below 1 pixel, or an aspect ratio above 200.

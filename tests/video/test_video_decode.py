@@ -110,7 +110,7 @@ def test_display_matrix_is_applied(name, tmp_path, counter):
 def test_a_matrix_that_is_no_quarter_turn_is_refused(tmp_path, counter):
     s = 46341  # cos 45 degrees in 16.16
     path = counter.write(tmp_path / "r.mp4", 4, matrix=[s, s, 0, -s, s, 0, 0, 0, 1 << 30])
-    with pytest.raises(DecodeError, match=r"r\.mp4: turns the picture by -?45 degrees"):
+    with pytest.raises(DecodeError, match=r"r\.mp4: its display matrix turns the picture by -?45"):
         probe(path)
 
 

@@ -217,8 +217,10 @@ def describe_keys(config: RunConfig | None = None) -> str:
 
 
 def _brief(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in item.items()) + "}" for item in value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return ", ".join(map(_brief, value))
     return "empty" if value == "" else str(value)
 
 

@@ -30,12 +30,13 @@ def keyframes(start: int, end: int, scores: Sequence[float], n: int = 2) -> list
         centre = start + k * interval
         frames = np.arange(max(start, int(np.ceil(centre - interval / 2))), min(end, int(centre + interval / 2) + 1))
         frames = frames[[int(f) not in chosen for f in frames]] if len(frames) else frames
-        if not len(frames):
-            frames = np.array([min(end - 1, max(start, int(centre)))])
+        if not len(frames):  # a clip of a few frames: the nearest one that is left
+            rest = [f for f in range(start, end) if f not in chosen]
+            if rest:
+                chosen.append(rest[int(np.abs(np.array(rest) - centre).argmin())])
+            continue
         window = np.cos(np.pi * (frames - centre) / interval).clip(0)
         # The small constant lets the window decide in a flat clip.
         weight = (np.array([scores[int(f)] for f in frames], dtype=np.float64) + 1e-6) * window
-        pick = int(frames[int(weight.argmax())])
-        if pick not in chosen:
-            chosen.append(pick)
+        chosen.append(int(frames[int(weight.argmax())]))
     return sorted(chosen)

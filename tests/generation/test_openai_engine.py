@@ -1,0 +1,198 @@
+"""The endpoint engine against a server process of its own on loopback, with failures on demand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from tempo_fast.config import GenerationConfig
+from tempo_fast.errors import InputError
+from tempo_fast.generation import Request, make_engine
+from tempo_fast.generation.openai_engine import OpenAIEngine
+
+# Answers with the number of images and the words it got. A prompt "fail K CODE" fails K times, "drop" hangs up once.
+SERVER = r"""
+import json, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+seen, lock, bodies, running, most = {}, threading.Lock(), [], 0, 0
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *args): pass
+    def reply(self, code, obj, headers=()):
+        data = json.dumps(obj).encode()
+        self.send_response(code)
+        for k, v in headers: self.send_header(k, v)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def do_GET(self):
+        if self.path == "/v1/models": self.reply(200, {"data": [{"id": "tiny-served"}, {"id": "other"}]})
+        elif self.path == "/empty/models": self.reply(200, {"data": []})
+        elif self.path == "/log": self.reply(200, {"bodies": bodies, "seen": seen, "most": most})
+        else: self.reply(404, {"error": "no such page"})
+    def do_POST(self):
+        global running, most
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = body["messages"][0]["content"]
+        text = content[-1]["text"]
+        with lock:
+            running += 1; most = max(most, running)
+            seen[text] = seen.get(text, 0) + 1
+            count = seen[text]
+            bodies.append(body | {"auth": self.headers.get("Authorization")})
+        threading.Event().wait(0.03)
+        with lock: running -= 1
+        words = text.split()
+        if words[0] == "fail" and count <= int(words[1]):
+            return self.reply(int(words[2]), {"error": "try " + str(count)}, [("Retry-After", "0.01")])
+        if words[0] == "drop" and count == 1:
+            self.close_connection = True
+            return self.connection.close()
+        if words[0] == "odd": return self.reply(200, {"choices": []})
+        images = sum(p["type"] == "image_url" for p in content)
+        self.reply(200, {"choices": [{"message": {"content": f" {images} images: {text}\n"}}]})
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    process.terminate()
+    process.wait(timeout=10)
+
+
+@dataclass(frozen=True)
+class Plan:
+    key: str
+    n: int
+    height: int = 28
+    width: int = 56
+
+
+class Frames:
+    def frames(self, plan):
+        """Native size twice the planned one, every frame of one colour of its own."""
+        colours = torch.arange(plan.n, dtype=torch.uint8)[:, None] * 60 + torch.tensor([10, 20, 30], dtype=torch.uint8)
+        return colours[:, None, None, :].expand(-1, 2 * plan.height, 2 * plan.width, -1).contiguous()
+
+
+def engine_of(server, path="/v1", attempts=4, **config):
+    config = GenerationConfig(engine="openai", endpoint=server + path, **config)
+    return OpenAIEngine(config, Frames(), 3, attempts=attempts, backoff=0.01)
+
+
+def log_of(server):
+    return json.loads(urllib.request.urlopen(server + "/log").read())
+
+
+def test_answers_in_order_with_frames(server, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setenv("OPENAI_API_KEY", "k-123")
+    engine = engine_of(server, max_new_tokens=17, repetition_penalty=1.05, batch_size=4)
+    requests = [Request((Plan("a", 3), Plan("b", 1)), "two videos"), Request((), "none", 5)]
+    requests += [Request((), f"number {i}") for i in range(9)]
+    assert engine.generate(requests) == ["4 images: two videos", "0 images: none"] + [
+        f"0 images: number {i}" for i in range(9)
+    ]
+    log = log_of(server)
+    assert 1 < log["most"] <= 4  # in parallel, and no more than batch_size
+    bodies = {b["messages"][0]["content"][-1]["text"]: b for b in log["bodies"]}
+    body = bodies["two videos"]
+    assert body["model"] == "tiny-served" and body["auth"] == "Bearer k-123"
+    assert (body["max_tokens"], body["temperature"], body["repetition_penalty"]) == (17, 0.0, 1.05)
+    assert bodies["none"]["max_tokens"] == 5
+    url = body["messages"][0]["content"][1]["image_url"]["url"]
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,")))))
+    assert image.shape == (28, 56, 3)
+    assert np.abs(image.astype(int) - [70, 80, 90]).max() <= 3  # the second frame of the first video
+    assert engine.provenance() == {
+        "engine": "openai",
+        "model": "tiny-served",
+        "temperature": 0.0,
+        "repetition_penalty": 1.05,
+        "max_new_tokens": 17,
+    }
+
+
+@pytest.mark.parametrize("prompt", ["fail 2 500", "fail 3 429", "fail 1 503", "drop once"])
+def test_tried_again(server, prompt):
+    assert engine_of(server).generate([Request((), prompt), Request((), "fine")]) == [
+        f"0 images: {prompt}",
+        "0 images: fine",
+    ]
+    assert log_of(server)["seen"][prompt] > 1
+
+
+def test_waits_longer_each_time(server, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    engine = engine_of(server, attempts=5)
+    engine.generate([Request((), "fail 4 502")])
+    assert waits == pytest.approx([0.01, 0.02, 0.04, 0.08])
+
+
+def test_gives_up_with_one_sentence(server):
+    with pytest.raises(InputError, match=r"generation\.endpoint: .*cannot be reached, 4 attempts \(HTTP 500.*try 4"):
+        engine_of(server).generate([Request((), "fail 99 500")])
+    with pytest.raises(InputError, match="refuses.*HTTP 400"):
+        engine_of(server).generate([Request((), "fail 98 400")])
+    assert log_of(server)["seen"]["fail 98 400"] == 1  # not tried again
+    with pytest.raises(InputError, match="without choices"):
+        engine_of(server).generate([Request((), "odd")])
+    with pytest.raises(InputError, match="lists no model"):
+        engine_of(server, "/empty")
+    with pytest.raises(InputError, match="refuses.*404"):
+        engine_of(server, "/nowhere")
+
+
+def test_unreachable(server):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        free = s.getsockname()[1]
+    with pytest.raises(InputError, match=r"generation\.endpoint: http://127.*cannot be reached, 2 attempts"):
+        engine_of(f"http://127.0.0.1:{free}", attempts=2)
+    with pytest.raises(InputError, match="not a URL"):
+        engine_of("nonsense", attempts=2)
+
+
+def test_seeds_differ_by_request_and_repeat(server):
+    engine = engine_of(server, temperature=0.7)
+    engine.generate([Request((), "seed a"), Request((), "seed b"), Request((), "seed a")])
+    seeds: dict[str, set[int]] = {}
+    for body in log_of(server)["bodies"]:
+        text = body["messages"][0]["content"][-1]["text"]
+        if text.startswith("seed"):
+            seeds.setdefault(text, set()).add(body["seed"])
+    assert [len(v) for v in seeds.values()] == [1, 1] and seeds["seed a"] != seeds["seed b"]
+    assert engine.provenance()["seed"] == 3
+
+
+def test_vllm_missing_says_what_to_install(tiny, reader):
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match=r"pip install 'tempo-fast\[vllm\]'"):
+            make_engine(GenerationConfig(engine="vllm"), tiny, reader, None, 0)
+    else:
+        pytest.skip("vLLM is installed")

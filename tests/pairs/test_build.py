@@ -1,0 +1,306 @@
+"""Pairs from a scripted world: each clip has a number, and the engine says which clips it was shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tempo_fast.config import PairsConfig
+from tempo_fast.errors import InputError
+from tempo_fast.pairs.aggregate import clean_caption, join_captions
+from tempo_fast.pairs.build import make_pairs
+from tempo_fast.pairs.captions import caption_videos, windows_of
+from tempo_fast.pairs.filters import coinciding, reject_reason
+from tempo_fast.pairs.prompts import CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT
+from tempo_fast.schema import Clip, Clips, PreferenceRecord, read_records
+
+THINGS = ["A red circle moves left.", "A blue ring grows.", "A green cross appears.", "A white square shrinks."]
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    video: str
+    clips: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.video}:{self.clips}"
+
+
+class ClipReader:
+    """Ten frames a clip, so that a frame number says its clip."""
+
+    def plan(self, path, indices=None):
+        if "gone" in path:
+            raise InputError(f"{path}: no such file")
+        return ClipPlan(path, tuple(i // 10 for i in indices))
+
+    def plan_range(self, path, start, end):
+        return ClipPlan(path, (start // 10,))
+
+    def plan_clips(self, path, ranges):
+        return ClipPlan(path, tuple(start // 10 for start, _ in ranges))
+
+
+def say(clip: int) -> str:
+    return f"Event {clip}. {THINGS[clip % 4]}"
+
+
+class Scripted:
+    """Answers like a model that sees everything; records what it was asked."""
+
+    def __init__(self, name: str = "scripted") -> None:
+        self.name, self.asked = name, []
+
+    def provenance(self):
+        return {"engine": self.name, "model": "m0"}
+
+    def generate(self, requests, desc=""):
+        self.asked += requests
+        return [self._answer(r) for r in requests]
+
+    def _answer(self, r):
+        if any("broken" in p.video for p in r.plans):
+            raise InputError(f"{r.plans[0].video}: cannot be decoded")
+        if r.prompt == CLIP_PROMPT:
+            return say(r.plans[0].clips[0])
+        if r.prompt == WINDOW_PROMPT:
+            return f"In clip 1, things.\n\n{say(r.plans[1].clips[0])}"
+        if r.prompt in VIDEO_PROMPTS:
+            return " ".join(say(c) for c in r.plans[0].clips)
+        return "Told: " + " ".join(
+            line.split(". ", 1)[1] for line in r.prompt.splitlines() if re.match(r"\d+\. ", line)
+        )
+
+
+def video(name: str, n: int, groups=None) -> Clips:
+    groups = groups or list(range(n))
+    clips = [Clip(10 * i, 10 * i + 10, i, i + 1.0, g, [10 * i + 3, 10 * i + 6]) for i, g in enumerate(groups)]
+    return Clips(name, f"digest-{name}", 10 * n, float(n), [[c.start_frame, c.end_frame] for c in clips], groups, clips)
+
+
+CONFIG = PairsConfig(aggregate="template")
+VIDEOS = [video("a.mp4", 6), video("b.mp4", 17), video("c.mp4", 4)]
+
+
+def test_windows_and_captions(tmp_path):
+    assert windows_of([3, 0, 2]) == [(3,), (3, 0), (0, 2)]
+    engine = Scripted()
+    got = caption_videos(VIDEOS, engine, ClipReader(), CONFIG, tmp_path / "c.jsonl")
+    assert got == {v.video: [say(i) for i in range(len(v.clips))] for v in VIDEOS}
+    shown = [[p.clips[0] for p in r.plans] for r in engine.asked[:6]]
+    assert shown == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    assert [r.prompt for r in engine.asked[:2]] == [CLIP_PROMPT, WINDOW_PROMPT]
+    # keyframes: both frames of a clip are inside it
+    assert engine.asked[1].plans[0].clips == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "caption"),
+    [
+        ("In clip 1, x.\nA red ring grows.", "A red ring grows."),
+        ("x\n\nBy clip 1, clip 2 is y. Clip 2 ends.\n \n", "By the previous clip, this clip is y. This clip ends."),
+        ("clip 12 and eclipse 1", "clip 12 and eclipse 1"),
+        ("  \n ", ""),
+    ],
+)  # fmt: skip
+def test_clean_caption(answer, caption):
+    assert clean_caption(answer) == caption
+
+
+def test_join():
+    assert join_captions(["One.", " two ", "", 'Three!"']) == 'One. two. Three!"'
+
+
+@pytest.mark.parametrize(("on", "answer"), [("captions", "windows"), ("frames", "windows"), ("frames", "video")])
+def test_records(tmp_path, on, answer):
+    config = replace(CONFIG, perturb_on=on, frames_answer=answer)
+    records, audit = make_pairs(VIDEOS, Scripted(), ClipReader(), config, tmp_path, seed=3)
+    assert sorted(records) == [2, 4, 8, 16]
+    prompts = {}
+    for r, rows in records.items():
+        assert rows == read_records(tmp_path / f"r{r}.jsonl", PreferenceRecord)
+        for x in rows:
+            n = next(len(v.clips) for v in VIDEOS if v.video == x.video)
+            assert x.r == r and x.chosen == " ".join(say(i) for i in range(n))
+            assert prompts.setdefault(x.video, x.prompt) == x.prompt  # one instruction for all kinds and stages
+            texts = [y.text for y in x.rejected]
+            assert len(set(texts)) == len(texts) and x.chosen not in texts
+            assert [y.kind for y in x.rejected] == [k for k in config.kinds if k in {y.kind for y in x.rejected}]
+            for y in x.rejected:
+                assert y.text == " ".join(say(i) for i in y.order)
+                assert y.r == r and 0 < y.broken <= 1
+                assert y.kept == len(y.order) / n
+                assert y.spans or y.kind == "drop"
+            assert x.spans and all(0 <= s < e <= len(x.chosen) for s, e in x.spans)
+            assert x.provenance["engine"]["model"] == "m0" and x.provenance["seed"] == 3
+    assert audit == json.loads((tmp_path / "audit.json").read_text())
+    for r in (16, 8, 4, 2):
+        stats = audit["stats"][str(r)]
+        assert audit["pairs"][str(r)] == sum(s["made"] for s in stats.values())
+        for kind, s in stats.items():
+            assert s["made"] + sum(s["filtered"].values()) == len(VIDEOS)
+            if kind == "drop":
+                assert s["length_ratio"] < 1 and s["kept"] < 1
+            else:
+                assert s["kept"] == 1
+    # hand-worked: 17 clips differ at r = 16 and 8 (groups of 1 and 2), 6 and 4 clips do not
+    assert {"r": [16, 8], "videos": 2, "of": 3} in audit["coincide"]
+    # even n at r = 2: two groups, so that the only shuffle is the reverse
+    assert audit["stats"]["2"]["reverse"]["filtered"]["duplicate"] == 2  # the videos of 4 and of 6 clips
+
+
+def test_frames_mode_captions_the_perturbed_windows(tmp_path):
+    engine = Scripted()
+    config = replace(CONFIG, perturb_on="frames", kinds=["reverse"], r=[16], clip_input="frames")
+    make_pairs([VIDEOS[0]], engine, ClipReader(), config, tmp_path)
+    shown = [tuple(p.clips[0] for p in r.plans) for r in engine.asked]
+    assert shown == [(0,), *((i, i + 1) for i in range(5)), (5,), *((i, i - 1) for i in range(5, 0, -1))]
+
+
+def test_per_pair_draws_an_instruction_for_each(tmp_path):
+    many = [video(f"{i}.mp4", 8) for i in range(10)]
+    config = replace(CONFIG, instruction="per_pair")
+    records, _ = make_pairs(many, Scripted(), ClipReader(), config, tmp_path)
+    assert all(len(x.rejected) == 1 for rows in records.values() for x in rows)
+    ids = [x.id for rows in records.values() for x in rows]
+    assert len(set(ids)) == len(ids)
+    assert len({x.prompt for rows in records.values() for x in rows if x.video == "0.mp4"}) > 1
+
+
+def test_aggregated_by_the_model(tmp_path):
+    engine = Scripted()
+    records, _ = make_pairs(VIDEOS[:1], engine, ClipReader(), replace(CONFIG, aggregate="model"), tmp_path)
+    assert records[16][0].chosen == "Told: " + " ".join(say(i) for i in range(6))
+    assert records[16][0].rejected[0].text.startswith("Told: ")
+
+
+def test_identity_is_by_caption_or_by_scene(tmp_path):
+    class Same(Scripted):
+        def _answer(self, r):
+            return "The same."
+
+    with pytest.raises(InputError, match="no pair is left"):
+        make_pairs(VIDEOS, Same(), ClipReader(), replace(CONFIG, kinds=["shuffle", "reverse"]), tmp_path)
+    stats = json.loads((tmp_path / "audit.json").read_text())["stats"]
+    assert all(s["filtered"] == {"identity": 3} for row in stats.values() for s in row.values())
+    # frames: scenes a b c b a reversed are the same
+    config = replace(CONFIG, perturb_on="frames", kinds=["reverse", "drop"], r=[16])
+    _, audit = make_pairs([video("p.mp4", 5, [0, 1, 2, 1, 0])], Scripted(), ClipReader(), config, tmp_path / "f")
+    assert audit["stats"]["16"]["reverse"]["filtered"] == {"identity": 1}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "kind", "reason"),
+    [
+        ("aaaa", "aa", "drop", None),
+        ("aa", "bb", "drop", "drop_not_shorter"),
+        ("aa", "bbb", "drop", "drop_not_shorter"),
+        ("aa", "xaax", "shuffle", "chosen_in_rejected"),
+        ("aa", "aa", "shuffle", "equal_to_chosen"),
+        ("aaaa", "bbbbbb", "shuffle", None),
+        ("aaaa", "bbbbbbb", "reverse", "length_ratio"),
+        ("aaaaaaa", "bbbb", "reverse", "length_ratio"),
+        ("aaaa", "  ", "reverse", "empty"),
+    ],
+)
+def test_official_filters(chosen, rejected, kind, reason):
+    assert reject_reason(chosen, rejected, kind, 1.5) == reason
+
+
+def test_coinciding_stages():
+    assert coinciding([15, 8, 4], [16, 8]) == [{"r": [16, 8], "videos": 3, "of": 3}]
+    assert coinciding([16, 24, 32], [16, 8]) == []
+
+
+def test_a_bad_video_is_named_and_the_others_go_on(tmp_path):
+    videos = [VIDEOS[0], video("broken.mp4", 5), video("gone.mp4", 5), VIDEOS[2]]
+    records, audit = make_pairs(videos, Scripted(), ClipReader(), CONFIG, tmp_path)
+    assert {f["video"] for f in audit["failed"]} == {"broken.mp4", "gone.mp4"}
+    assert "decoded" in next(f["reason"] for f in audit["failed"] if f["video"] == "broken.mp4")
+    assert {x.video for x in records[4]} == {"a.mp4", "c.mp4"}
+    with pytest.raises(InputError, match="no pair is left"):
+        make_pairs(videos[1:3], Scripted(), ClipReader(), CONFIG, tmp_path / "none")
+    with pytest.raises(InputError, match="no curated video"):
+        make_pairs([], Scripted(), ClipReader(), CONFIG, tmp_path)
+
+
+def test_engine_trouble_is_not_a_videos_trouble(tmp_path):
+    class Down(Scripted):
+        def generate(self, requests, desc=""):
+            raise InputError("generation.endpoint: cannot be reached")
+
+    with pytest.raises(InputError, match="endpoint"):
+        make_pairs(VIDEOS, Down(), ClipReader(), CONFIG, tmp_path)
+
+
+def test_prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"video": "a.mp4", "prompt": "Own?"}, {"video": "", "prompt": "For all."}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    records, _ = make_pairs(VIDEOS, Scripted(), ClipReader(), CONFIG, tmp_path / "o", prompts=str(path))
+    assert {x.video: x.prompt for x in records[4]} == {"a.mp4": "Own?", "b.mp4": "For all.", "c.mp4": "For all."}
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"video": "b.mp4"}))
+    with pytest.raises(InputError, match=r"prompts\.jsonl:2: field 'prompt'"):
+        make_pairs(VIDEOS, Scripted(), ClipReader(), CONFIG, tmp_path / "o", prompts=str(path))
+
+
+def test_seed_decides_everything(tmp_path):
+    def run(name, seed):
+        make_pairs(VIDEOS, Scripted(), ClipReader(), CONFIG, tmp_path / name, seed=seed)
+        return (tmp_path / name / "r4.jsonl").read_bytes()
+
+    assert run("a", 1) == run("b", 1) != run("c", 2)
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import test_build as t
+from tempo_fast.generation import cache
+from tempo_fast.config import PairsConfig
+
+class Slow(t.Scripted):
+    calls = 0
+    def generate(self, requests, desc=""):
+        Slow.calls += 1
+        if Slow.calls > {calls}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().generate(requests)
+
+init = cache.AnswerCache.__init__
+cache.AnswerCache.__init__ = lambda self, path, engine, chunk=4: init(self, path, engine, chunk)
+t.make_pairs(t.VIDEOS, Slow(), t.ClipReader(), t.replace(t.CONFIG, perturb_on="frames"), {out!r}, seed=1)
+"""
+
+
+@pytest.mark.parametrize("calls", [0, 3, 11])
+def test_killed_and_resumed_is_byte_identical(tmp_path, calls):
+    """SIGKILL in the middle, half a line at the end, then again: the same bytes as in one go."""
+
+    def run(out: Path, calls: int) -> int:
+        here = str(Path(__file__).parent)
+        code = textwrap.dedent(CHILD).format(here=here, calls=calls, out=str(out))
+        return subprocess.run([sys.executable, "-c", code], env=os.environ.copy(), check=False).returncode
+
+    assert run(tmp_path / "whole", 10_000) == 0
+    cut = tmp_path / "cut"
+    assert run(cut, calls) == -signal.SIGKILL
+    assert not (cut / "audit.json").exists()
+    captions = cut / "captions.jsonl"
+    if captions.exists():
+        captions.write_bytes(captions.read_bytes()[:-7])
+    assert run(cut, 10_000) == 0
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in cut.iterdir())
+    for name in names:
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tempo_kernels.head import HeadStatistics, head_statistics
 from torch import nn
 
 from tempo_fast.errors import InputError
@@ -22,7 +23,6 @@ from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import ResponseTree
 from tempo_fast.trees.packing import pack
 from tempo_fast.trees.vision import FeatureCache, PixelSource, evaluating
-from tempo_kernels.head import HeadStatistics, head_statistics
 
 # Where the start check stops a run: several times the noise it measures, and never below these (nats per token)
 _NOISE_FACTOR = 8.0

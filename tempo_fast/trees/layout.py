@@ -130,7 +130,7 @@ def align_spans(
         while start < end and text[start].isspace():
             start += 1
         for n, (s, e) in enumerate(spans, 1):
-            if start < e and s < end:
+            if max(start, s) < min(end, e):
                 marks[t] = n
                 break
     return marks

@@ -113,8 +113,8 @@ class FeatureCache:
         """Features [G, D] of ``plans`` in order, without graph, the tower in eval mode; None when there are none.
 
         Each video that is not cached is encoded by a call of its own, so that its features do not depend, not even in
-        rounding, on what else was asked for: a resumed run is bit-equal. ``together`` encodes them in one call, for many
-        short clips.
+        rounding, on what else was asked for: a resumed run is bit-equal. ``together`` encodes them in one call, for
+        many short clips.
         """
         if not plans:
             return None

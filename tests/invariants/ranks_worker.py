@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conftest  # noqa: E402
 import torch  # noqa: E402
+from tempo_kernels.head import head_statistics  # noqa: E402
+from tempo_kernels.objectives import BranchBatch, make_objective  # noqa: E402
 
 from tempo_fast.config import TrainConfig  # noqa: E402
 from tempo_fast.runtime.engine import TorchEngine, make_train_engine  # noqa: E402
@@ -20,8 +22,6 @@ from tempo_fast.training.module import TrainModule  # noqa: E402
 from tempo_fast.trees.batch import collate  # noqa: E402
 from tempo_fast.trees.layout import build_tree  # noqa: E402
 from tempo_fast.trees.vision import FeatureCache  # noqa: E402
-from tempo_kernels.head import head_statistics  # noqa: E402
-from tempo_kernels.objectives import BranchBatch, make_objective  # noqa: E402
 
 STEPS = 4
 ANSWERS = ["A red circle moves left.", "Then a blue square grows.", "x", "It appears at last.", "A green triangle"]
@@ -138,7 +138,8 @@ def main(folder: str, out: str, cases: list[list[Any]]) -> None:
     ranks = init_ranks()
     results = {}
     for head, stage, dtype, objective, resume_at in cases:
-        result = train(bundle_of(f"{folder}/{head}", dtype), config_of("deepspeed", stage), ranks, objective, resume_at=resume_at)
+        bundle = bundle_of(f"{folder}/{head}", dtype)
+        result = train(bundle, config_of("deepspeed", stage), ranks, objective, resume_at=resume_at)
         every = ranks.all_gather_object(result)
         assert all(r["sums"] == result["sums"] for r in every), "ranks hold different weights"
         results[f"{head}-{stage}-{dtype}-{objective}-{resume_at}"] = result

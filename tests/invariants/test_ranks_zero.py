@@ -1,6 +1,6 @@
 """Two ranks under ZeRO give the losses, gradient norms and weights of one process in plain torch.
 
-Real processes over gloo, started once for all cases because importing torch and DeepSpeed takes longer than the training.
+Real processes over gloo, started once for all cases: importing torch and DeepSpeed takes longer than the training.
 The trees differ in branches, videos and length, and one has no video, so that the ranks do unequal work.
 """
 
@@ -50,9 +50,8 @@ def folder(worker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> dict[str, Any]:
     root = HERE.parents[1]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    path = os.pathsep.join([str(root), str(root / "kernels")])
+    env = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(HERE / "ranks_worker.py"), str(folder), str(folder / "out.json"), json.dumps(CASES)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""Cached statistics equal a live reference, and the model with adapters off equals the store: exactly in equal shapes."""
+"""Cached statistics equal a live reference; the model with adapters off equals the store, exactly in equal shapes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tempo_kernels.head import linear_logp
+from tempo_kernels.objectives import BranchBatch, make_objective
 
 from tempo_fast.reference.fill import fill, reference_mode, start_check
 from tempo_fast.reference.store import ReferenceStore
@@ -15,8 +17,6 @@ from tempo_fast.trees.batch import PackedBatch, collate
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import ResponseTree, build_tree
 from tempo_fast.trees.vision import FeatureCache
-from tempo_kernels.head import linear_logp
-from tempo_kernels.objectives import BranchBatch, make_objective
 
 
 def make_trees(bundle: Any, make_plan: Any) -> list[ResponseTree]:

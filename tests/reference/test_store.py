@@ -16,12 +16,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tempo_kernels.head import HeadStatistics
 
 from tempo_fast.errors import InputError
 from tempo_fast.models.family import Grid, Prompt
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.trees.layout import Branch, ResponseTree
-from tempo_kernels.head import HeadStatistics
 
 FIELDS = {"reference": "abc", "head": "def"}
 D = 5
@@ -39,7 +39,9 @@ def shards(root: Path) -> list[Path]:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=4), st.booleans(), st.randoms())
+@given(
+    st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=4), st.booleans(), st.randoms()
+)
 def test_get_returns_what_was_put(
     tmp_path_factory: pytest.TempPathFactory, puts: list[list[int]], kl: bool, rng: random.Random
 ) -> None:

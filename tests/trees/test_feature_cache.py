@@ -1,0 +1,110 @@
+"""Visual features: cached by pixels and by the tower's state, encoded without graph or with one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tempo_fast.trees.vision import FeatureCache, encode
+
+
+def cached(bundle: Any, cache: FeatureCache, reader: Any, plans: list[Any], **more: Any) -> Any:
+    return cache.features(bundle.family, bundle.model, reader, plans, **more)
+
+
+def test_a_video_is_decoded_and_encoded_once(tiny: Any, reader: Any, make_plan: Any) -> None:
+    a, b = make_plan("a", 3), make_plan("b", 2, 56, 28)
+    cache = FeatureCache()
+    first = cached(tiny, cache, reader, [a, b, a])
+    assert first.shape == (2 + 2 + 2, 64) and not first.requires_grad
+    assert torch.equal(first[:2], first[4:])
+    assert (cache.hits, cache.misses, len(reader.calls)) == (0, 2, 2)
+    again = cached(tiny, cache, reader, [b, make_plan("a", 3)])
+    assert torch.equal(again, torch.cat([first[2:4], first[:2]]))
+    assert (cache.hits, cache.misses, len(reader.calls)) == (2, 2, 2)
+    assert cached(tiny, cache, reader, []) is None
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_features_are_those_of_one_video_alone(tiny: Any, reader: Any, make_plan: Any, together: bool) -> None:
+    plans = [make_plan("a", 5), make_plan("b", 1, 56, 56), make_plan("c", 4, 28, 84)]
+    features = cached(tiny, FeatureCache(), reader, plans, together=together)
+    alone = torch.cat([encode(tiny.family, tiny.model, reader, [p]) for p in plans])
+    torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encode(tiny.family, tiny.model, reader, plans), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_least_recently_used_goes_first(tiny: Any, reader: Any, make_plan: Any) -> None:
+    a, b, c = (make_plan(x, 2) for x in "abc")
+    size = 64 * 4  # one token each
+    cache = FeatureCache(max_bytes=2 * size)
+    cached(tiny, cache, reader, [a])
+    cached(tiny, cache, reader, [b])
+    cached(tiny, cache, reader, [a])
+    cached(tiny, cache, reader, [c])  # b goes
+    assert len(cache) == 2 and cache.n_bytes == 2 * size
+    reader.calls.clear()
+    cached(tiny, cache, reader, [a, c])
+    assert reader.calls == []
+    cached(tiny, cache, reader, [b])
+    assert reader.calls == [b.key]
+    # larger than the cache: served, not kept
+    small = FeatureCache(max_bytes=size - 1)
+    assert cached(tiny, small, reader, [a]).shape == (1, 64) and len(small) == 0 and small.n_bytes == 0
+    cache.clear()
+    assert (len(cache), cache.n_bytes) == (0, 0)
+
+
+def test_a_changed_tower_makes_new_features(tiny: Any, lora: Any, reader: Any, make_plan: Any) -> None:
+    bundle, cache, plans = lora(tiny, vision=True), FeatureCache(), [make_plan("a", 2)]
+    on = cached(bundle, cache, reader, plans)
+    with bundle.model.disable_adapter():
+        off = cached(bundle, cache, reader, plans)
+    torch.testing.assert_close(off, cached(tiny, FeatureCache(), reader, plans), rtol=0, atol=0)
+    assert not torch.allclose(on, off, atol=1e-3) and cache.misses == 2
+    assert torch.equal(cached(bundle, cache, reader, plans), on) and cache.hits == 1
+    weight = next(p for n, p in bundle.model.named_parameters() if "visual" in n and "lora_B" in n)
+    with torch.no_grad():
+        weight.mul_(2)  # an optimizer step
+    moved = cached(bundle, cache, reader, plans)
+    assert not torch.equal(moved, on)
+    merged = bundle.model.merge_and_unload()
+    torch.testing.assert_close(
+        cache.features(bundle.family, merged, reader, plans), moved, rtol=1e-4, atol=1e-4
+    )
+    assert cache.misses == 4
+
+
+def test_grad_reaches_the_tower_and_repeats_share_one_call(tiny: Any, lora: Any, reader: Any, make_plan: Any) -> None:
+    bundle = lora(tiny, vision=True)
+    a, b = make_plan("a", 3), make_plan("b", 2)
+    features = encode(bundle.family, bundle.model, reader, [a, b, a], grad=True)
+    assert features.requires_grad and len(reader.calls) == 2
+    features[-2:].sum().backward()  # through the repeat of a
+    assert any(p.grad is not None and p.grad.abs().sum() > 0
+               for n, p in bundle.model.named_parameters() if "visual" in n)  # fmt: skip
+    assert not encode(bundle.family, bundle.model, reader, [a]).requires_grad
+
+
+def test_the_towers_mode_is_restored(tiny: Any, lora: Any, reader: Any, make_plan: Any) -> None:
+    bundle = lora(tiny)
+    bundle.model.train()
+    cached(bundle, FeatureCache(), reader, [make_plan("a", 2)])
+    assert all(m.training for m in bundle.model.modules())
+
+
+def test_waiting_for_pixels_is_measured(tiny: Any, reader: Any, make_plan: Any) -> None:
+    class Slow:
+        def pixels(self, plan: Any) -> torch.Tensor:
+            time.sleep(0.05)
+            return reader.pixels(plan)
+
+    cache = FeatureCache()
+    cached(tiny, cache, Slow(), [make_plan("a", 2), make_plan("b", 2)])
+    assert 0.1 <= cache.decode_seconds < 1.0 and cache.encode_seconds > 0
+    before = cache.decode_seconds
+    cached(tiny, cache, Slow(), [make_plan("a", 2)])
+    assert cache.decode_seconds == before

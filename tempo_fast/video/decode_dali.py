@@ -8,6 +8,7 @@ and its colour conversion are unknown.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class DaliDecoder:
         self._gpu, self._fn, self._types, self._pipeline_class = gpu, fn, types, Pipeline
         self._device_id = (device.index or 0) if gpu else None
         self._pipeline: Any = None
+        self._lock = threading.Lock()
 
     def decode(self, path: str | os.PathLike[str], indices: Sequence[int]) -> Tensor:
         """See ``Decoder.decode``. The frames lie on the GPU for ``dali-gpu``."""
@@ -52,11 +54,12 @@ class DaliDecoder:
         distinct = sorted(set(wanted))
         try:
             data = np.fromfile(info.path, dtype=np.uint8)
-            pipe = self._built()
-            pipe.feed_input("file", [data])
-            pipe.feed_input("frames", [np.asarray(distinct, dtype=np.int32)])
-            (out,) = pipe.run()
-            frames = self._to_torch(out)
+            with self._lock:
+                pipe = self._built()
+                pipe.feed_input("file", [data])
+                pipe.feed_input("frames", [np.asarray(distinct, dtype=np.int32)])
+                (out,) = pipe.run()
+                frames = self._to_torch(out)
         except (RuntimeError, OSError) as e:
             self._pipeline = None
             raise DecodeError(f"{info.path}: DALI cannot decode it ({reason(e)})") from e

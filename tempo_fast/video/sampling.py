@@ -40,7 +40,7 @@ def sample_frames(
 
     The count is n_total / fps_source * fps, clamped to [min_frames, max_frames] and to what the file has, then floored
     to a multiple of ``temporal``. A file with fewer than ``temporal`` frames gives all of them (both originals refuse).
-    transformers' arange can return one index too many, past the last frame, when the step is not a binary fraction; that
+    transformers' arange can return one index too many, past the last frame, when the step is no binary fraction; that
     one is left out here.
 
     Args:

@@ -101,8 +101,8 @@ def test_text_stays_text(recipe):
         ("train: 3", [], "{path}: train is a section of keys, got 3"),
         ("train: {stages: 4}", [], "{path}: train.stages must be a list of mappings, got 4"),
         ("train: {stages: [{r: x}]}", [], "{path}: train.stages.r must be a whole number, got x"),
-        ("video: {backend: cv2}", [], "{path}: video.backend must be one of auto, pyav, torchcodec, dali-cpu, dali-gpu, "
-         "got cv2"),
+        ("video: {backend: cv2}", [], "{path}: video.backend must be one of auto, pyav, torchcodec, dali-cpu, "
+         "dali-gpu, got cv2"),
         ("seed: 1", ["--pairs.r", "[16, x]"], "--pairs.r must be a list of whole numbers, got x"),
         ("seed: 1", ["--seed"], "--seed: needs a value"),
         ("seed: 1", ["--train.trees", "--seed", "1"], "--train.trees: needs a value"),

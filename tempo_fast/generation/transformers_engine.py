@@ -71,7 +71,7 @@ class TransformersEngine:
         return texts
 
     def _encode_clips(self, requests: Sequence[Request]) -> None:
-        """Files of which several clips are shown are decoded once, and encoded by one vision call."""
+        """Fill the feature cache for files of which several clips are shown, each file decoded once."""
         if not hasattr(self.reader, "decoder"):
             return
         b = self.bundle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import multiprocessing
 import os
@@ -194,23 +195,32 @@ def _work(
         return
     except BrokenProcessPool:
         pass
-    # A decoder took its process down. The pool does not say on which file: the rest gets a process per file.
-    for key, path in left.items():
+    # A decoder took its process down, and the pool does not say on which file: the rest goes through one at a time.
+    while left:
         try:
-            yield from _pooled([(key, path)], config, backend, 1)
+            for row in _pooled(list(left.items()), config, backend, 1):
+                del left[row["key"]]
+                yield row
         except BrokenProcessPool:
+            key, path = next(iter(left.items()))
+            del left[key]
             yield _row(key, path, "quarantined", reason="the process that read it died")
 
 
 def _pooled(
     jobs: Sequence[tuple[str, str]], config: CurateConfig, backend: str, workers: int
 ) -> Iterator[dict[str, Any]]:
+    """One row per job, as they finish; never more jobs handed out than there are workers, so that with one worker
+    BrokenProcessPool is about the first job without a row."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     waiting: set[Future[dict[str, Any]]] = set()
+    queue = iter(jobs)
     try:
-        for key, path in jobs:
-            waiting.add(pool.submit(_one, key, path, config, backend))
-        while waiting:
+        while True:
+            for key, path in itertools.islice(queue, workers - len(waiting)):
+                waiting.add(pool.submit(_one, key, path, config, backend))
+            if not waiting:
+                return
             finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield future.result()

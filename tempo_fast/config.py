@@ -283,8 +283,12 @@ class RunConfig:
         _require(v.fps > 0, "video.fps", "above 0", v.fps)
         _require(1 <= v.min_frames <= v.max_frames, "video.min_frames", "in 1..video.max_frames", v.min_frames)
         _require(0 < v.min_pixels <= v.max_pixels, "video.min_pixels", "in 1..video.max_pixels", v.min_pixels)
-        _require(0 < self.curate.group_similarity <= 1, "curate.group_similarity", "in (0, 1]", self.curate.group_similarity)
-        _require(self.curate.min_shots <= self.curate.max_shots, "curate.min_shots", "<= max_shots", self.curate.min_shots)
+        _require(
+            0 < self.curate.group_similarity <= 1, "curate.group_similarity", "in (0, 1]", self.curate.group_similarity
+        )
+        _require(
+            self.curate.min_shots <= self.curate.max_shots, "curate.min_shots", "<= max_shots", self.curate.min_shots
+        )
         for kind in p.kinds:
             _require(kind in KINDS, "pairs.kinds", f"of {', '.join(KINDS)}", kind)
         _require(bool(p.kinds) and len(set(p.kinds)) == len(p.kinds), "pairs.kinds", "a non-empty set", p.kinds)
@@ -300,10 +304,14 @@ class RunConfig:
         _require(t.engine == "deepspeed" or t.zero_stage == 0, "train.zero_stage", "0 without deepspeed", t.zero_stage)
         _require(
             self.generation.engine != "openai" or bool(self.generation.endpoint),
-            "generation.endpoint", "set for engine openai", self.generation.endpoint,
+            "generation.endpoint",
+            "set for engine openai",
+            self.generation.endpoint,
         )
         _require(
             self.curate.embedder != "siglip" or bool(self.curate.embedder_path),
-            "curate.embedder_path", "set for embedder siglip", self.curate.embedder_path,
+            "curate.embedder_path",
+            "set for embedder siglip",
+            self.curate.embedder_path,
         )
         _require(bool(self.output_dir), "output_dir", "a folder", self.output_dir)

@@ -1,7 +1,7 @@
 """The main job: curate -> pairs -> reference -> train -> eval -> report.
 
-Each step is a function of the config and of files; it is skipped when the digest of its inputs is unchanged, and resumes
-where it stopped. Everything is written below ``output_dir``; the layout is in the README.
+Each step is a function of the config and of files; it is skipped when the digest of its inputs is unchanged, and goes
+on where it stopped. Everything is written below ``output_dir``; the layout is in the README.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Run:
     """A config with what its steps share: the model, the reader, the feature cache, each made when first needed."""
 
     config: RunConfig
-    timings: dict[str, float] = field(default_factory=dict)
+    rank: int = 0
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,12 +83,17 @@ class Run:
         data = self.config.data
         if data.videos != "tinyworld":
             return data
+        from tempo_fast.runtime.progress import progress
         from tempo_fast.tinyworld.generate import generate_world
 
         world, size = self.out / "world", data.tinyworld
-        begin = time.perf_counter()
-        generate_world(world, seed=size.seed, n_train=size.train, n_heldout=size.heldout)
-        self.timings["world"] = self.timings.get("world", 0.0) + time.perf_counter() - begin
+
+        def work() -> dict[str, Any]:
+            bar = lambda jobs: progress(jobs, desc="world", unit="video")  # noqa: E731
+            made = generate_world(world, seed=size.seed, n_train=size.train, n_heldout=size.heldout, progress=bar)
+            return {"digest": made["digest"]}
+
+        self.step("world", size, work)
         return dataclasses.replace(
             data,
             videos=str(world / "videos" / "train_*.mp4"),
@@ -97,21 +102,32 @@ class Run:
             eval_questions=data.eval_questions or str(world / "questions.jsonl"),
         )
 
-    def step(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Run ``work`` unless it was done with the same inputs; its result is kept in ``state/<name>.json``."""
+    def step(
+        self, name: str, inputs: Any, work: Callable[[], dict[str, Any]], *, collective: bool = False
+    ) -> dict[str, Any]:
+        """Run ``work`` unless it was done with the same inputs; its result is kept in ``state/<name>.json``.
+
+        With several ranks all of them run a ``collective`` step; the first one runs the others while the rest wait for
+        its result. (A file is waited for, not a process group: captions can take longer than any timeout.)
+        """
         path = self.out / "state" / f"{name}.json"
         key = digest([__version__, name, inputs])
-        if path.is_file():
-            state = read_json(path)
-            if state.get("inputs") == key:
+        state = read_json(path) if path.is_file() else {}
+        if state.get("inputs") == key:
+            if name not in self.skipped:
                 log.info("%s: inputs unchanged, skipped", name)
                 self.skipped.append(name)
-                return state["result"]
+            return state["result"]
+        if self.rank > 0 and not collective:
+            while state.get("inputs") != key:
+                time.sleep(0.5)
+                state = read_json(path) if path.is_file() else {}
+            return state["result"]
         begin = time.perf_counter()
-        world_before = self.timings.get("world", 0.0)
         result = work()
-        seconds = time.perf_counter() - begin - (self.timings.get("world", 0.0) - world_before)
-        write_json(path, {"inputs": key, "seconds": seconds, "result": result})
+        if self.rank == 0:
+            write_json(path, {"inputs": key, "seconds": time.perf_counter() - begin, "result": result})
+        self.skipped.append(name)
         return result
 
 
@@ -221,7 +237,7 @@ def reference(run: Run) -> dict[str, Any]:
         with _curriculum(run) as curriculum:
             return {"fills": curriculum.fill_reference(), "quarantined": curriculum.outcome.quarantined}
 
-    return run.step("reference", inputs, work)
+    return run.step("reference", inputs, work, collective=True)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -234,7 +250,7 @@ def train(run: Run) -> dict[str, Any]:
         with _curriculum(run) as curriculum:
             return to_plain(curriculum.run())
 
-    return run.step("train", inputs, work)
+    return run.step("train", inputs, work, collective=True)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -294,9 +310,7 @@ def _eval_data(run: Run) -> tuple[list[Truth], list[Question]]:
     return truths, questions
 
 
-def _evaluate_one(
-    run: Run, base: str, adapter: str, truths: list[Truth], questions: list[Question]
-) -> dict[str, Any]:
+def _evaluate_one(run: Run, base: str, adapter: str, truths: list[Truth], questions: list[Question]) -> dict[str, Any]:
     from tempo_fast.evaluation import evaluate as probe
     from tempo_fast.generation import make_engine
     from tempo_fast.models.load import load_bundle
@@ -338,23 +352,28 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
         InputError: bad input, in one sentence.
         Interrupted: SIGINT (130) or SIGTERM (75); the same call resumes.
     """
-    from tempo_fast.configio import save_config  # beside us: it knows the recipe format, not the steps
+    from tempo_fast.configio import save_config  # beside us: it knows the recipe's format, not the steps
 
-    run = Run(config)
-    save_config(config, run.out / "config.yaml")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and config.train.engine != "deepspeed":
+        raise InputError(f"train.engine: torch runs one process and {world} were started; use deepspeed")
+    run = Run(config, rank)
+    if rank == 0:
+        save_config(config, run.out / "config.yaml")
     with _terminable():
         try:
             for name in steps:
                 if name == "eval" and not (run.data.eval_truth or run.data.eval_questions):
                     log.info("eval: no held-out data given, skipped")
                     continue
-                if name == "report":
+                if name == "report" and rank == 0:
                     write_json(run.out / "summary.json", summarize(run))
                 _FUNCTIONS[name](run)
         except KeyboardInterrupt as e:
             raise Interrupted("interrupted; the same command resumes", 130) from e
     summary = summarize(run)
-    write_json(run.out / "summary.json", summary)
+    if rank == 0:
+        write_json(run.out / "summary.json", summary)
     return summary
 
 
@@ -385,18 +404,13 @@ def _terminable() -> Iterator[None]:
 def summarize(run: Run) -> dict[str, Any]:
     """What ``summary.json`` holds, from the steps done so far."""
     states: dict[str, Any] = {}
-    for name in STEPS:
+    for name in ("world", *STEPS):
         path = run.out / "state" / f"{name}.json"
         if path.is_file():
             states[name] = read_json(path)
     results = {name: state["result"] for name, state in states.items()}
     curated, built, trained = (results.get(n, {}) for n in ("curate", "pairs", "train"))
     timings = {name: round(state["seconds"], 3) for name, state in states.items()}
-    world = run.out / "state" / "world.json"
-    if "world" in run.timings and not world.is_file():
-        write_json(world, {"seconds": run.timings["world"]})
-    if world.is_file():
-        timings = {"world": round(read_json(world)["seconds"], 3), **timings}
     timings["total"] = round(sum(timings.values()), 3)
     hidden = ("identity",)
     clean: Callable[[dict[str, Any] | None], dict[str, Any] | None] = lambda row: (  # noqa: E731

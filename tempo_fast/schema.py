@@ -136,9 +136,7 @@ def read_records(path: str | Path, cls: type[T]) -> list[T]:
 def _parse(path: str | Path, cls: type[T]) -> Iterator[T]:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     required = [
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"

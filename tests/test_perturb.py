@@ -93,7 +93,8 @@ def test_broken_adjacencies_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "n", "r", "labels"), [("twist", 4, 2, None), ("drop", 0, 2, None), ("drop", 4, 1, None), ("drop", 4, 2, [1])]
+    ("kind", "n", "r", "labels"),
+    [("twist", 4, 2, None), ("drop", 0, 2, None), ("drop", 4, 1, None), ("drop", 4, 2, [1])],
 )
 def test_bad_arguments(kind: str, n: int, r: int, labels: list | None) -> None:
     with pytest.raises(ValueError):

@@ -63,7 +63,9 @@ def test_missing_file() -> None:
 
 
 def test_truth_takes_events_as_objects(tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"video": "v", "description": "A. B.", "events": [{"text": "A."}, "B."], "more": 1}')
+    (tmp_path / "t.jsonl").write_text(
+        '{"video": "v", "description": "A. B.", "events": [{"text": "A."}, "B."], "more": 1}'
+    )
     assert read_records(tmp_path / "t.jsonl", Truth) == [Truth("v", "A. B.", ["A.", "B."])]
 
 

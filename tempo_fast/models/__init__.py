@@ -21,5 +21,7 @@ def known_families() -> list[str]:
 def get_family(model_type: str) -> Family:
     """The family of a transformers ``model_type``. Raises InputError with the list when it is unknown."""
     if model_type not in _FAMILIES:
-        raise InputError(f"model.path: architecture '{model_type}' is not supported; known: {', '.join(known_families())}")
+        raise InputError(
+            f"model.path: architecture '{model_type}' is not supported; known: {', '.join(known_families())}"
+        )
     return importlib.import_module(f"tempo_fast.models.{_FAMILIES[model_type]}").FAMILY

@@ -15,7 +15,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside peft and engine wrappers."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -59,7 +59,9 @@ class Qwen2VL:
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         pad, geometry = config.video_token_id, self.geometry(config)
         if ids.count(pad) != len(grids):
-            raise InputError(f"model.path: the chat template wrote {ids.count(pad)} video slots for {len(grids)} videos")
+            raise InputError(
+                f"model.path: the chat template wrote {ids.count(pad)} video slots for {len(grids)} videos"
+            )
         out: list[int] = []
         positions: list[Tensor] = []
         start, pending, grid_iter = 0, 0, iter(grids)

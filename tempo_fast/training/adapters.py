@@ -26,9 +26,7 @@ def attach_lora(bundle: Bundle, lora: LoraConfig, *, seed: int, vision: bool = F
 
     family = bundle.family
     targets = f"({family.lora_targets})|({family.vision_lora_targets})" if vision else family.lora_targets
-    settings = PeftLora(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
-    )
+    settings = PeftLora(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(seed, "lora").initial_seed()))
         model = get_peft_model(bundle.model, settings)
@@ -94,7 +92,8 @@ def merge_lora(
     merged.save_pretrained(str(tmp), safe_serialization=True)
     for name in Path(bundle.path).iterdir():
         wanted = name.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in name.name
-        if name.is_file() and wanted and name.name not in ("card.json", "merge.json") and not (tmp / name.name).exists():
+        ours = name.name in ("card.json", "merge.json")
+        if name.is_file() and wanted and not ours and not (tmp / name.name).exists():
             shutil.copy2(name, tmp / name.name)
     write_json(tmp / "merge.json", {**(note or {}), "max_rounding_error": error})
     replace_folder(tmp, out)

@@ -1,7 +1,7 @@
 """Checkpoints of a stage: complete or absent, refused when they belong to another configuration.
 
-``<stage>/checkpoint-<step>/`` holds the engine's state (adapter weights, optimizer) and ``trainer_state.json``. Dropout is
-seeded per step and data order is a function of the step, so nothing else is needed to resume bit-equal.
+``<stage>/checkpoint-<step>/`` holds the engine's state (adapter weights, optimizer) and ``trainer_state.json``. Dropout
+is seeded per step and data order is a function of the step, so nothing else is needed to resume bit-equal.
 """
 
 from __future__ import annotations

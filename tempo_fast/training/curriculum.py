@@ -1,6 +1,6 @@
 """The order of stages: preference stages r = 16, 8, 4, 2, then SFT, and SFT alone as the control.
 
-``reference: base``: one reference, one LoRA that continues unmerged, so that the reference is the model with adapters off.
+``reference: base``: one reference, one LoRA that continues unmerged, so that the reference is the model, adapters off.
 ``reference: previous_stage`` (the official TEMPLE scripts): at each boundary merge, start a new LoRA, refill the store.
 Optimizer and schedule start anew with every stage in both.
 """
@@ -182,7 +182,7 @@ class Curriculum:
         bundle: Bundle | None = None
         for index, settings in enumerate(train.stages):
             if adapter and not continuing:
-                base = self._merge(base, adapter, self.ctx.out / stage_name(index - 1, train.stages[index - 1].r) / "merged")
+                base = self._merge(base, adapter, Path(adapter).parent / "merged")
                 adapter, bundle = "", None
             stage = Stage(
                 name=stage_name(index, settings.r),

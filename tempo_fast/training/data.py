@@ -99,8 +99,8 @@ def _items(bundle: Bundle, reader: VideoReader, rows: Sequence[tuple], what: str
 def plan_steps(n_pairs: Sequence[int], batch_size: int, seed: int, stage: str, epochs: int) -> list[list[int]]:
     """Optimizer steps as lists of item indices: each epoch in its own order, filled until ``batch_size`` pairs.
 
-    A tree is never split, so a step may hold a few pairs more; the last step of an epoch may hold fewer. The plan depends
-    on its arguments alone, so that resuming is starting at a later index.
+    A tree is never split, so a step may hold a few pairs more; the last step of an epoch may hold fewer. The plan
+    depends on its arguments alone, so that resuming is starting at a later index.
     """
     steps: list[list[int]] = []
     for epoch in range(epochs):
@@ -118,7 +118,9 @@ def plan_steps(n_pairs: Sequence[int], batch_size: int, seed: int, stage: str, e
     return steps
 
 
-def micro_batches(items: Sequence[Item], step: Sequence[int], max_tokens: int, rank: int, world: int) -> list[list[int]]:
+def micro_batches(
+    items: Sequence[Item], step: Sequence[int], max_tokens: int, rank: int, world: int
+) -> list[list[int]]:
     """This rank's share of a step, packed to the token budget; every rank gets the same number of micro-batches.
 
     A rank that would run out repeats its first micro-batch (or the step's first tree): the caller gives the repeats
@@ -138,9 +140,7 @@ def real_micro_batches(
     mine = list(step[rank::world])
     if not mine:
         return []
-    packs = pack(
-        [items[i].tree.n_tokens for i in mine], max_tokens, ids=[items[i].tree.id for i in mine]
-    )
+    packs = pack([items[i].tree.n_tokens for i in mine], max_tokens, ids=[items[i].tree.id for i in mine])
     return [[mine[j] for j in p] for p in packs]
 
 

@@ -237,7 +237,9 @@ def _set_mode(bundle: Bundle, t: TrainConfig, vision_trains: bool) -> None:
     if not vision_trains:
         bundle.family.vision_tower(bundle.model).eval()
     if t.gradient_checkpointing:
-        bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        bundle.model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
 
 
 def _seed_dropout(seed: int, stage: str, step: int, rank: int, micro: int) -> None:
@@ -264,7 +266,7 @@ def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Ite
         hits_before, misses_before = store.hits, store.misses
         keys = [store.key(tree, b) for tree in trees for b in range(len(tree.branches))]
         cached = store.get(keys, kl=store.kl)
-        inputs["reference"] = HeadStatistics(*(None if t is None else t.to(bundle.device) for t in cached))
+        inputs["reference"] = HeadStatistics(*[None if t is None else t.to(bundle.device) for t in cached])  # type: ignore[arg-type]
         hits, misses = store.hits - hits_before, store.misses - misses_before
     loss, sums = engine(packed, batch, kinds, **inputs)
     return loss, sums, (packed.n_tokens, len(plans), hits, misses)

@@ -15,9 +15,7 @@ def positions_by_rule(tokens: list[int], pad: int, grids: list[Grid], merge: int
     w_axis: list[int] = []
     slots: list[tuple[int, int, int]] = []
     for grid in grids:
-        slots += [
-            (t, h, w) for t in range(grid.t) for h in range(grid.h // merge) for w in range(grid.w // merge)
-        ]
+        slots += [(t, h, w) for t in range(grid.t) for h in range(grid.h // merge) for w in range(grid.w // merge)]
     taken, start, ends = 0, 0, []
     for grid in grids:
         taken += grid.t * grid.h * grid.w // merge**2

@@ -74,7 +74,13 @@ def curriculum(tmp_path: Path, tiny_path: str, reader, plan_type, *, stopper=Non
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
     ctx = Context(
-        config.train, 0, tmp_path / "train", Reader(reader, plan_type, missing), FeatureCache(), Ranks(), stopper or Never()
+        config.train,
+        0,
+        tmp_path / "train",
+        Reader(reader, plan_type, missing),
+        FeatureCache(),
+        Ranks(),
+        stopper or Never(),
     )
     exchanges = [SFTRecord(f"s{i}", f"v{i}", "What happened?", c) for i, c in enumerate(CHOSEN)] if sft else None
     return Curriculum(config, ctx, records, exchanges)

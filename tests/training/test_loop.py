@@ -163,8 +163,13 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_path: str, 
 def test_sft_with_vision_lora(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
     single = [Item(dataclasses.replace(i.tree, branches=i.tree.branches[:1]), ["sft"]) for i in items]
     changes = {
-        "name": "sft", "r": 0, "objective": ObjectiveConfig("sft", {}), "vision_lora": True, "epochs": 8, "batch_size": 4,
-    }  # fmt: skip
+        "name": "sft",
+        "r": 0,
+        "objective": ObjectiveConfig("sft", {}),
+        "vision_lora": True,
+        "epochs": 8,
+        "batch_size": 4,
+    }
     result, folder = train(tmp_path, tiny_path, single, reader, stage_changes=changes)
     assert result["loss_last"] < 0.7 * result["loss_first"]
     from safetensors.torch import load_file
@@ -226,4 +231,3 @@ def test_merged_model_is_base_plus_adapter(tmp_path: Path, tiny_path: str, items
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert (a - c).abs().max() > 1e-2
     assert merged.tokenizer.get_vocab() == base.tokenizer.get_vocab()
-

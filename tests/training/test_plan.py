@@ -10,9 +10,7 @@ from tempo_fast.training.data import plan_steps
 from tempo_fast.training.loop import learning_rate
 
 
-@given(
-    st.lists(st.integers(1, 3), min_size=1, max_size=40), st.integers(1, 20), st.integers(0, 99), st.integers(1, 3)
-)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=40), st.integers(1, 20), st.integers(0, 99), st.integers(1, 3))
 def test_every_item_once_an_epoch(n_pairs: list[int], batch: int, seed: int, epochs: int) -> None:
     steps = plan_steps(n_pairs, batch, seed, "s", epochs)
     flat = [i for step in steps for i in step]

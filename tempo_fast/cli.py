@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "urllib3", "filelock", "pyscenedetect", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not debug:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # other libraries' news for their programmers
     try:
         _dispatch(words)
         return 0

@@ -109,6 +109,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             self.optimizer.register_step_pre_hook(self._measure)
         settings = zero_config(config, sum(p.numel() for p in params.values()), persist_below=persist_below)
+        self._linear = nn.functional.linear
         self._outside = _FrozenVision(module, self.stage)
         with self._outside:
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
@@ -205,7 +206,8 @@ class DeepSpeedEngine:
         """Full float32 values into plain parameters, DeepSpeed's hooks removed. The engine is done after this."""
         with torch.no_grad(), self._outside:
             if self.stage == 3:
-                _restore_parameters(self.module, {id(p): self._full(p) for p in self.params.values()}, self.engine)
+                _restore_module(self.module, {id(p): self._full(p) for p in self.params.values()}, self.engine)
+                nn.functional.linear = self._linear  # stage 3 puts its own there for the whole process
             else:
                 self._masters_to_weights()
                 self.engine.destroy()
@@ -251,7 +253,14 @@ class _FrozenVision:
             parent._modules.update({n: parent._modules.pop(n) for n in order})
 
 
-def _restore_parameters(module: nn.Module, trained: dict[int, Tensor], engine: Any) -> None:
+# What stage 3 leaves on every module; the next engine would take the functions for its own
+_LEFT_BEHIND = (
+    "ds_id", "all_parameters", "ds_recompute_parameters", "_original_parameters", "_external_params", "post_bwd_fn",
+    "pre_bwd_fn", "ds_external_parameters", "applied_pre_backward_ref_cnt", "ds_grads_remaining",
+)  # fmt: skip
+
+
+def _restore_module(module: nn.Module, trained: dict[int, Tensor], engine: Any) -> None:
     """Undo stage 3's partitioning: gather what is frozen, put ``trained`` for the rest. Collective."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
@@ -269,3 +278,5 @@ def _restore_parameters(module: nn.Module, trained: dict[int, Tensor], engine: A
     for m in module.modules():
         entries = list(dict.items(m._parameters))  # DeepSpeed's mapping would gather on access
         m._parameters = {name: None if p is None else full[id(p)] for name, p in entries}
+        for name in _LEFT_BEHIND:
+            m.__dict__.pop(name, None)

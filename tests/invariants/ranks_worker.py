@@ -24,6 +24,7 @@ from tempo_fast.trees.layout import build_tree  # noqa: E402
 from tempo_fast.trees.vision import FeatureCache  # noqa: E402
 
 STEPS = 4
+LINEAR = torch.nn.functional.linear
 ANSWERS = ["A red circle moves left.", "Then a blue square grows.", "x", "It appears at last.", "A green triangle"]
 
 
@@ -75,6 +76,11 @@ def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, res
         packed = collate([tree])
         visual = cache.features(bundle.family, bundle.model, reader, packed.plans)
         batches.append((packed, pairs_of(packed), visual, reference_of(bundle, packed, visual)))
+    # as training sets it: activations recomputed in the backward, the frozen tower in eval mode
+    bundle.model.train()
+    bundle.family.vision_tower(bundle.model).eval()
+    bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    bundle.model.enable_input_require_grads()
     before = {n: p.detach().clone() for n, p in bundle.model.named_parameters() if p.requires_grad}
     module = TrainModule(bundle.model, bundle.family, make_objective(objective, **options))
 
@@ -109,7 +115,8 @@ def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, res
     partitioned = sum(hasattr(p, "ds_id") for p in module.parameters())
     vision_outside = not any(hasattr(p, "ds_id") for p in bundle.family.vision_tower(bundle.model).parameters())
     engine.sync_adapter()
-    plain = not any(hasattr(p, "ds_id") for p in module.parameters())
+    plain = not any(hasattr(x, "ds_id") for x in [*module.parameters(), *module.modules()])
+    plain = plain and torch.nn.functional.linear is LINEAR
     # the module works without the engine, and another engine takes it up
     packed, batch, visual, reference = batches[0]
     again, _ = module(packed, batch, ["drop"] * len(batch.chosen), features=visual, reference=reference)
@@ -120,6 +127,42 @@ def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, res
         "losses": losses, "norms": norms, "sums": weights, "squares": squares, "after": float(again.detach()),
         "partitioned": partitioned, "vision_outside": vision_outside, "plain": plain,
     }  # fmt: skip
+
+
+def fill_together(bundle: Any, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """All ranks fill one store; what each put, and what is missing afterwards."""
+    from tempo_fast.reference.fill import fill
+    from tempo_fast.reference.store import ReferenceStore
+
+    store, trees, reader = ReferenceStore(folder, {"reference": "tiny"}), make_trees(bundle), conftest.FakeReader()
+    budget = max(t.n_tokens for t in trees)
+    report = fill(bundle, store, trees, reader, FeatureCache(), kl=True, max_tokens=budget)
+    again = fill(bundle, store, trees, reader, FeatureCache(), kl=True, max_tokens=budget)
+    keys = [store.key(tree, b) for tree in trees for b in range(len(tree.branches))]
+    return {
+        "computed": report.computed, "again": again.computed, "answers": len(set(keys)),
+        "missing": len(store.missing(keys)), "videos": sorted(set(reader.calls)),
+        "logp": store.get(keys, kl=True).logp.double().sum().item(),
+    }  # fmt: skip
+
+
+def stop_together(ranks: Ranks) -> int:
+    """The last rank gets SIGTERM; the exit code with which every rank stops."""
+    import os
+    import signal
+
+    from tempo_fast.errors import Interrupted
+    from tempo_fast.runtime.signals import Stopper
+
+    with Stopper(ranks) as stopper:
+        stopper.check()
+        if ranks.rank == ranks.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            stopper.check()
+        except Interrupted as stopped:
+            return stopped.exit_code
+    return 0
 
 
 def config_of(engine: str, stage: int) -> TrainConfig:
@@ -136,7 +179,10 @@ def main(folder: str, out: str, cases: list[list[Any]]) -> None:
     from tempo_fast.runtime.ranks import close_ranks, init_ranks
 
     ranks = init_ranks()
-    results = {}
+    results: dict[str, Any] = {}
+    filled = fill_together(bundle_of(f"{folder}/tied", "float32"), ranks, Path(out + ".store"))
+    results["fill"] = ranks.all_gather_object(filled)
+    results["stop"] = ranks.all_gather_object(stop_together(ranks))
     for head, stage, dtype, objective, resume_at in cases:
         bundle = bundle_of(f"{folder}/{head}", dtype)
         result = train(bundle, config_of("deepspeed", stage), ranks, objective, resume_at=resume_at)

@@ -85,4 +85,21 @@ def test_stage_3_partitions_all_but_the_frozen_vision(case: list[Any], two_ranks
 
 
 def test_modules_are_plain_after_training(two_ranks: dict[str, Any]) -> None:
-    assert all(r["plain"] for r in two_ranks.values())
+    assert all(two_ranks["-".join(map(str, case))]["plain"] for case in CASES)
+
+
+def test_ranks_share_the_filling(two_ranks: dict[str, Any], worker: Any, folder: Path, tmp_path: Path) -> None:
+    from tempo_fast.runtime.ranks import Ranks
+
+    alone = worker.fill_together(worker.bundle_of(str(folder / "tied"), "float32"), Ranks(), tmp_path)
+    ranks = two_ranks["fill"]
+    for rank in ranks:
+        assert rank["computed"] == rank["answers"] == alone["answers"] and rank["missing"] == rank["again"] == 0
+        assert rank["logp"] == pytest.approx(alone["logp"], rel=1e-6)
+    # every video is decoded by one rank, and both had some
+    assert sorted(ranks[0]["videos"] + ranks[1]["videos"]) == alone["videos"]
+    assert ranks[0]["videos"] and ranks[1]["videos"]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_point(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["stop"] == [75, 75]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tempo_kernels.head import HeadStatistics, head_statistics
 from torch import nn
 
 from tempo_fast.errors import InputError
@@ -23,6 +22,7 @@ from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import ResponseTree
 from tempo_fast.trees.packing import pack
 from tempo_fast.trees.vision import FeatureCache, PixelSource, evaluating
+from tempo_kernels.head import HeadStatistics, head_statistics
 
 # Where the start check stops a run: several times the noise it measures, and never below these (nats per token)
 _NOISE_FACTOR = 8.0
@@ -93,7 +93,7 @@ def fill(
     Raises:
         InputError: a tree longer than ``max_tokens`` (before anything is decoded), a full disk.
     """
-    ranks = ranks or current_ranks(bundle.device)
+    ranks = ranks or current_ranks()
     keys = [[store.key(tree, b) for b in range(len(tree.branches))] for tree in trees]
     every = dict.fromkeys(key for row in keys for key in row)
     # what any rank lacks; gathering is also the point before which no rank writes

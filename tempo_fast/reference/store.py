@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tempo_kernels.head import HeadStatistics
 from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.files import canonical_json, digest, file_digest, read_json, write_atomic, write_json
 from tempo_fast.trees.layout import ResponseTree
+from tempo_kernels.head import HeadStatistics
 
 log = logging.getLogger("tempo_fast")
 

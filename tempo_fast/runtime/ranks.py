@@ -83,11 +83,13 @@ def init_ranks(config: Any = None) -> Ranks:
     return Ranks(rank, world, device)
 
 
-def current_ranks(device: torch.device | str = "cpu") -> Ranks:
-    """The ranks of the process group that was joined, or the single process."""
-    if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
-    return Ranks(device=torch.device(device))
+def current_ranks() -> Ranks:
+    """The ranks of the process group that was joined, or the single process; the device is where collectives run."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def close_ranks() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tempo_fast.errors import Interrupted
-from tempo_fast.runtime.ranks import Ranks
+from tempo_fast.runtime.ranks import Ranks, current_ranks
 
 SIGINT_CODE, SIGTERM_CODE = 130, 75
 
@@ -20,10 +20,11 @@ class Stopper:
 
     A second SIGINT is a plain KeyboardInterrupt at once: the work under way is lost, what was saved is not.
     With several ranks ``check()`` is a collective: all ranks stop at the same point, whichever got the signal.
+    ``ranks`` None takes the process group as it is at each check.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
         self._code = 0
         self._interrupts = 0
         self._previous: dict[int, Any] = {}
@@ -36,8 +37,9 @@ class Stopper:
     def check(self) -> None:
         """Raise Interrupted (exit code 130 for SIGINT, 75 for SIGTERM) if a stop was asked for."""
         code = self._code
-        if self.ranks.world > 1:
-            code = int(self.ranks.all_reduce_max(torch.tensor([code], device=self.ranks.device)))
+        ranks = self.ranks or current_ranks()
+        if ranks.world > 1:
+            code = int(ranks.all_reduce_max(torch.tensor([code], device=ranks.device)))
         if code:
             name = "SIGINT" if code == SIGINT_CODE else "SIGTERM"
             raise Interrupted(f"stopped by {name}; the same command resumes", code)

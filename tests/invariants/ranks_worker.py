@@ -12,8 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conftest  # noqa: E402
 import torch  # noqa: E402
-from tempo_kernels.head import head_statistics  # noqa: E402
-from tempo_kernels.objectives import BranchBatch, make_objective  # noqa: E402
 
 from tempo_fast.config import TrainConfig  # noqa: E402
 from tempo_fast.runtime.engine import TorchEngine, make_train_engine  # noqa: E402
@@ -22,6 +20,8 @@ from tempo_fast.training.module import TrainModule  # noqa: E402
 from tempo_fast.trees.batch import collate  # noqa: E402
 from tempo_fast.trees.layout import build_tree  # noqa: E402
 from tempo_fast.trees.vision import FeatureCache  # noqa: E402
+from tempo_kernels.head import head_statistics  # noqa: E402
+from tempo_kernels.objectives import BranchBatch, make_objective  # noqa: E402
 
 STEPS = 4
 LINEAR = torch.nn.functional.linear
@@ -154,7 +154,7 @@ def stop_together(ranks: Ranks) -> int:
     from tempo_fast.errors import Interrupted
     from tempo_fast.runtime.signals import Stopper
 
-    with Stopper(ranks) as stopper:
+    with Stopper() as stopper:
         stopper.check()
         if ranks.rank == ranks.world - 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tempo_kernels.head import linear_logp
-from tempo_kernels.objectives import BranchBatch, make_objective
 
 from tempo_fast.reference.fill import fill, reference_mode, start_check
 from tempo_fast.reference.store import ReferenceStore
@@ -17,6 +15,8 @@ from tempo_fast.trees.batch import PackedBatch, collate
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import ResponseTree, build_tree
 from tempo_fast.trees.vision import FeatureCache
+from tempo_kernels.head import linear_logp
+from tempo_kernels.objectives import BranchBatch, make_objective
 
 
 def make_trees(bundle: Any, make_plan: Any) -> list[ResponseTree]:

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tempo_kernels.head import head_statistics
-from tempo_kernels.objectives import BranchBatch, make_objective
 
 from tempo_fast.reference.fill import reference_mode
 from tempo_fast.training.module import TrainModule
@@ -20,6 +18,8 @@ from tempo_fast.trees.batch import PackedBatch, collate, collate_rows
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import Branch, ResponseTree, build_tree
 from tempo_fast.trees.vision import FeatureCache, encode
+from tempo_kernels.head import head_statistics
+from tempo_kernels.objectives import BranchBatch, make_objective
 
 ANSWERS = ["A red circle moves left. Then a blue square grows.", "x", "It appears at last.", "A green triangle"]
 

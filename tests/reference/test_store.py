@@ -16,12 +16,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tempo_kernels.head import HeadStatistics
 
 from tempo_fast.errors import InputError
 from tempo_fast.models.family import Grid, Prompt
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.trees.layout import Branch, ResponseTree
+from tempo_kernels.head import HeadStatistics
 
 FIELDS = {"reference": "abc", "head": "def"}
 D = 5

@@ -73,7 +73,7 @@ class VideoConfig:
     max_pixels: int = 602112
     """Most pixels of a resized frame (768 * 28 * 28)."""
     total_pixels: int = 9_000_000
-    """Most pixels of all resized frames of a video together."""
+    """Budget of a video as qwen-vl-utils counts it: a frame may have total / frames * temporal patch (2) pixels."""
 
 
 @dataclass
@@ -104,6 +104,8 @@ class CurateConfig:
     """Fewest clips of a usable video."""
     max_group_runs: int = 3
     """A group may come back in at most this many runs, and in at most a third of the clips."""
+    workers: int = 0
+    """Processes; 0 takes one per core where there are enough videos to be worth it."""
 
 
 @dataclass

@@ -36,6 +36,7 @@ class Run:
     config: RunConfig
     rank: int = 0
     skipped: list[str] = field(default_factory=list)
+    _last: Any = None
 
     def __post_init__(self) -> None:
         self.config.validate()
@@ -58,6 +59,16 @@ class Run:
 
         m = self.config.model
         return load_bundle(m.path, m.dtype, m.device)
+
+    def loaded(self, path: str) -> Any:
+        """A checkpoint, kept until another is asked for: models that share a base share its visual features."""
+        from tempo_fast.models.load import load_bundle
+
+        if self._last is None or self._last.path != path:
+            self._last = None
+            m = self.config.model
+            self._last = load_bundle(path, m.dtype, m.device)
+        return self._last
 
     @cached_property
     def base_digest(self) -> str:
@@ -140,10 +151,14 @@ def curate(run: Run) -> dict[str, Any]:
 
     config = run.config
     paths = list_videos(run.data.videos)
-    stamps = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    stamps = [[str(p), *_stamp(p)] for p in paths]
+    # processes do not decide results, and so neither what is done again
+    settings = dataclasses.replace(config.curate, workers=0)
+    # a new process costs seconds, a short video less than one
+    workers = config.curate.workers or max(1, min(os.cpu_count() or 1, len(paths) // 20))
 
     def work() -> dict[str, Any]:
-        found = curate_folder(paths, config.curate, run.out / "curate", backend=config.video.backend)
+        found = curate_folder(paths, settings, run.out / "curate", workers=workers, backend=config.video.backend)
         if not found.clips:
             reasons = [*found.quarantined, *found.filtered]
             first = f" (first: {reasons[0]['video']}: {reasons[0]['reason']})" if reasons else ""
@@ -156,7 +171,7 @@ def curate(run: Run) -> dict[str, Any]:
             "clips": sum(len(c.clips) for c in found.clips),
         }
 
-    return run.step("curate", [config.curate, config.video.backend, stamps], work)
+    return run.step("curate", [settings, config.video.backend, stamps], work)
 
 
 def pairs(run: Run) -> dict[str, Any]:
@@ -286,7 +301,9 @@ def _models(run: Run, trained: dict[str, Any]) -> list[tuple[str, str, str]]:
     stages = trained["stages"]
     if run.config.eval.stages == "ends":
         stages = stages[-1:]
-    rows = [("base", run.config.model.path, "")]
+    from tempo_fast.models.load import resolve_path
+
+    rows = [("base", str(resolve_path(run.config.model.path)), "")]
     rows += [(s["name"], s["base"], s["adapter"]) for s in stages]
     rows += [(s["name"], s["base"], s["adapter"]) for s in (trained["sft"], trained["control"]) if s]
     return rows
@@ -313,15 +330,12 @@ def _eval_data(run: Run) -> tuple[list[Truth], list[Question]]:
 def _evaluate_one(run: Run, base: str, adapter: str, truths: list[Truth], questions: list[Question]) -> dict[str, Any]:
     from tempo_fast.evaluation import evaluate as probe
     from tempo_fast.generation import make_engine
-    from tempo_fast.models.load import load_bundle
-    from tempo_fast.training.adapters import load_lora
+    from tempo_fast.training.adapters import adapter_on
 
-    config = run.config
-    bundle = load_bundle(base, config.model.dtype, config.model.device)
-    if adapter:
-        load_lora(bundle, Path(adapter), trainable=False)
-    engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
-    return probe(bundle, run.reader, run.features, config.eval, truths, questions, engine, seed=config.seed)
+    config, bundle = run.config, run.loaded(base)
+    with adapter_on(bundle, adapter):
+        engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
+        return probe(bundle, run.reader, run.features, config.eval, truths, questions, engine, seed=config.seed)
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -438,6 +452,15 @@ def summarize(run: Run) -> dict[str, Any]:
         "quarantined": quarantined,
         "filtered": curated.get("filtered", []),
     }
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file; empty when it is not there (it will be quarantined by name)."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _made_by(path: Path, step: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,19 @@ def load_lora(bundle: Bundle, folder: Path, *, trainable: bool) -> nn.Module:
     bundle.model = PeftModel.from_pretrained(bundle.model, str(folder), is_trainable=trainable)
     _check_matched(bundle.model, bundle)
     return bundle.model
+
+
+@contextmanager
+def adapter_on(bundle: Bundle, folder: str) -> Iterator[None]:
+    """The bundle's model with a saved adapter inside the block, as it was after it; no adapter when empty."""
+    if not folder:
+        yield
+        return
+    load_lora(bundle, Path(folder), trainable=False).eval()
+    try:
+        yield
+    finally:
+        bundle.model = bundle.model.unload()  # type: ignore[operator]
 
 
 def _check_matched(model: nn.Module, bundle: Bundle) -> None:

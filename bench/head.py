@@ -25,12 +25,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tempo_kernels.head import HeadStatistics, head_statistics, linear_logp
-from tempo_kernels.objectives import BranchBatch, make_objective
-from tempo_kernels.oracle import oracle
 from torch import Tensor
 
 from bench.measure import environment, interleaved, peak_mib, table, write
+from tempo_kernels.head import HeadStatistics, head_statistics, linear_logp
+from tempo_kernels.objectives import BranchBatch, make_objective
+from tempo_kernels.oracle import oracle
 
 PASSES = {
     "dpo_live": {"eager": 3, "one_pass": 3},

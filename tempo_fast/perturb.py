@@ -1,8 +1,8 @@
 """Temporal perturbations as index arithmetic on clips: the same function on every backend.
 
 Rules as coded by the TEMPLE authors (arXiv 2503.16929, ``generator_base.py``): with n clips and difficulty r,
-``drop`` keeps max(1, n // r) random clips in order; ``shuffle`` and ``reverse`` cut the sequence into consecutive groups
-of max(1, n // r) clips and permute, or reverse, the groups. Large r is a heavy corruption, hence an easy pair.
+``drop`` keeps max(1, n // r) random clips in order; ``shuffle`` and ``reverse`` cut the sequence into consecutive
+groups of max(1, n // r) clips and permute, or reverse, the groups. Large r is a heavy corruption, hence an easy pair.
 
 One deliberate difference: a draw that leaves the sequence of labels unchanged is no perturbation and is redrawn
 (the authors keep it; at r = 2 and even n that is every second shuffle).

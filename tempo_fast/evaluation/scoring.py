@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tempo_kernels.head import head_statistics
 from torch import Tensor
 
 from tempo_fast.models.family import Grid, Prompt
 from tempo_fast.models.load import Bundle
 from tempo_fast.models.qwen2_vl import unwrap
+from tempo_kernels.head import head_statistics
 
 # keys and values of this many tokens are held at once, prefix included
 MAX_TOKENS = 65536

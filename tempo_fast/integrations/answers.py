@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tempo_kernels.head import linear_logp
 from torch import Tensor, nn
+
+from tempo_kernels.head import linear_logp
 
 IGNORE = -100
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from tempo_kernels.objectives import BranchBatch, Objective, make_objective
 from torch import Tensor
 
 from tempo_fast.integrations.answers import IGNORE, answer_logps
+from tempo_kernels.objectives import BranchBatch, Objective, make_objective
 
 _OWN_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "spans")
 

@@ -1,4 +1,4 @@
-"""Model families: what is particular to each, and no pixel moved. Adding one is a file and an entry in ``_FAMILIES``."""
+"""Model families: what is particular to each, no pixel moved. A new one is a file and an entry in ``_FAMILIES``."""
 
 from __future__ import annotations
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tempo_kernels.head import linear_logp
 
 from tempo_fast.evaluation import scoring
 from tempo_fast.trees.batch import collate, collate_rows
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import build_tree
 from tempo_fast.trees.vision import FeatureCache
+from tempo_kernels.head import linear_logp
 
 ITEMS = [
     ("Describe what happens in this video in order.", ["A red circle moves left. Then a blue square grows.", "Then."]),

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tempo_kernels.objectives import make_objective
 from torch import Tensor
 
 from tempo_fast.integrations import llama_factory, ms_swift, trl
 from tempo_fast.integrations.answers import answer_logps, hidden_states, plain_head, unwrap
+from tempo_kernels.objectives import make_objective
 
 VOCABULARY = 61
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from tempo_kernels import head as head_module
 from tempo_kernels import sweep
 from tempo_kernels.head import HeadOutput, HeadStatistics, head_statistics, linear_logp
 from tempo_kernels.oracle import Truth, oracle
-from torch import Tensor
 
 SLICE = 64
 

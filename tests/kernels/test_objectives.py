@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tempo_kernels.objectives import ALIASES, OBJECTIVES, BranchBatch, ObjectiveOutput, make_objective
 from torch import Tensor
+
+from tempo_kernels.objectives import ALIASES, OBJECTIVES, BranchBatch, ObjectiveOutput, make_objective
 
 CHOSEN, REJECTED = [0, 0, 0, 4], [1, 2, 3, 2]
 LENGTHS = [5, 3, 7, 1, 4]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tempo_fast.config import TrainConfig
 from tempo_fast.errors import InputError
-from tempo_fast.runtime.engine import check_trainable, make_adamw
+from tempo_fast.runtime.optimizer import check_trainable, make_adamw
 from tempo_fast.runtime.ranks import Ranks
 
 _LARGE = 50_000_000  # elements of a communication bucket: 200 MB in float32

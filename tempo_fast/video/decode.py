@@ -17,9 +17,8 @@ from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.video.container import DecodeError
-from tempo_fast.video.probe import VideoInfo
 
-__all__ = ["BACKENDS", "DecodeError", "Decoder", "available_backends", "check_indices", "open_decoder"]
+__all__ = ["BACKENDS", "DecodeError", "Decoder", "available_backends", "open_decoder"]
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +46,6 @@ class Decoder(Protocol):
             DecodeError: for anything that keeps a single one of the frames from being the right one.
         """
         ...
-
-
-def check_indices(info: VideoInfo, indices: Sequence[int]) -> list[int]:
-    """The indices as ints. Raises DecodeError for an empty list or one outside the file."""
-    out = [int(i) for i in indices]
-    if not out:
-        raise DecodeError(f"{info.path}: no frames were asked for")
-    for i in out:
-        if not 0 <= i < info.n_frames:
-            raise DecodeError(f"{info.path}: frame {i} does not exist (frames 0..{info.n_frames - 1})")
-    return out
 
 
 def _installed(name: str) -> bool:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.video.container import DecodeError, reason
-from tempo_fast.video.decode import check_indices
-from tempo_fast.video.probe import VideoInfo, probe
+from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
 _CPU_CODECS = {"vp8", "vp9", "mjpeg", "libvpx", "libvpx-vp9"}
 

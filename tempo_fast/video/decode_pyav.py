@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tempo_fast.video.container import DecodeError, open_video
-from tempo_fast.video.decode import check_indices
-from tempo_fast.video.probe import VideoInfo, display_transform, probe
+from tempo_fast.video.probe import VideoInfo, check_indices, display_transform, probe
 
 
 class PyAVDecoder:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.video.container import DecodeError, reason
-from tempo_fast.video.decode import check_indices
-from tempo_fast.video.probe import probe
+from tempo_fast.video.probe import check_indices, probe
 
 
 class TorchCodecDecoder:

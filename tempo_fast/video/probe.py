@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
@@ -235,3 +236,14 @@ def display_transform(path: str, frame: Any) -> DisplayTransform:
     raise DecodeError(
         f"{path}: its display matrix turns the picture by {frame.rotation} degrees; only quarter turns work"
     )
+
+
+def check_indices(info: VideoInfo, indices: Sequence[int]) -> list[int]:
+    """The indices as ints. Raises DecodeError for an empty list or one outside the file."""
+    out = [int(i) for i in indices]
+    if not out:
+        raise DecodeError(f"{info.path}: no frames were asked for")
+    for i in out:
+        if not 0 <= i < info.n_frames:
+            raise DecodeError(f"{info.path}: frame {i} does not exist (frames 0..{info.n_frames - 1})")
+    return out

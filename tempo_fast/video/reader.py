@@ -17,9 +17,9 @@ from tempo_fast.config import VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest
 from tempo_fast.models.family import Grid, VideoGeometry
-from tempo_fast.video.decode import check_indices, open_decoder
+from tempo_fast.video.decode import open_decoder
 from tempo_fast.video.preprocess import resize, to_patches
-from tempo_fast.video.probe import VideoInfo, probe
+from tempo_fast.video.probe import VideoInfo, check_indices, probe
 from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_max_pixels
 
 

@@ -42,8 +42,8 @@ class TinyworldConfig:
 @dataclass
 class DataConfig:
     videos: str = ""
-    """Folder or glob of the training videos, or a text file with one path a line; ``tinyworld`` generates them, with the
-    SFT, truth and question files below, under <output_dir>/world."""
+    """Folder or glob of the training videos, or a text file with one path a line; ``tinyworld`` generates them, with
+    the SFT, truth and question files below, under <output_dir>/world."""
     tinyworld: TinyworldConfig = field(default_factory=TinyworldConfig)
     """Size of the generated world for ``videos: tinyworld``."""
     prompts: str = ""

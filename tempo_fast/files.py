@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,18 +64,38 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any])
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(tmp, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+    finally:
+        if path.parent.is_dir():
+            tmp.unlink(missing_ok=True)
+
+
+_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, a full disk, a read-only folder or a missing permission is an InputError that names ``path``.
+
+    Libraries that write in Rust or C++ hide the error number; they are known by their words.
+    """
+    try:
+        yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if e.errno in _THE_DISK:
             raise InputError(f"{path}: cannot be written ({e.strerror})") from e
         raise
-    finally:
-        tmp.unlink(missing_ok=True) if path.parent.is_dir() else None
+    except Exception as e:
+        full = os.strerror(errno.ENOSPC)
+        if full in str(e) or "PytorchStreamWriter failed" in str(e):
+            raise InputError(f"{path}: cannot be written ({full})") from e
+        raise
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -135,14 +157,24 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
                 os.close(fd)
 
 
-def replace_folder(tmp: Path, folder: Path) -> None:
-    """Put a fully written ``tmp`` in the place of ``folder``: at no moment is a half-written one visible."""
-    import shutil
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, beside ``folder``; at the end it takes its place: complete or absent.
 
-    sync_tree(tmp)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    tmp.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    Raises InputError naming ``folder`` for a full disk or a missing permission; what was there before stays.
+    """
+    folder = Path(folder)
+    tmp, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    with writing(folder):
+        try:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+            yield tmp
+            sync_tree(tmp)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            tmp.rename(folder)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)

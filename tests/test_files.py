@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest, file_digest, read_json, replace_folder, write_atomic, write_json
+from tempo_fast.files import digest, file_digest, new_folder, read_json, write_atomic, write_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -61,10 +61,19 @@ def test_missing_file_digest(tmp_path: Path) -> None:
         file_digest(tmp_path / "none")
 
 
-def test_replace_folder(tmp_path: Path) -> None:
-    for name, text in (("new", "b"), ("old", "a")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "f").write_text(text)
-    replace_folder(tmp_path / "new", tmp_path / "old")
-    assert (tmp_path / "old" / "f").read_text() == "b"
-    assert sorted(os.listdir(tmp_path)) == ["old"]
+def test_new_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    for text in "ab":
+        with new_folder(tmp_path / "x") as tmp:
+            (tmp / "f").write_text(text)
+    assert (tmp_path / "x" / "f").read_text() == "b"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "x") as tmp:
+        (tmp / "f").write_text("a")
+    with pytest.raises(InputError, match="x: cannot be written .No space left"), new_folder(tmp_path / "x") as tmp:
+        (tmp / "f").write_text("b")
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3: file write failed")
+    assert (tmp_path / "x" / "f").read_text() == "a"
+    assert os.listdir(tmp_path) == ["x"]

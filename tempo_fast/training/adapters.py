@@ -13,7 +13,7 @@ from torch import nn
 
 from tempo_fast.config import LoraConfig
 from tempo_fast.errors import InputError
-from tempo_fast.files import replace_folder, write_json
+from tempo_fast.files import new_folder, write_json
 from tempo_fast.models.load import Bundle, load_bundle
 from tempo_fast.runtime.seeds import generator
 
@@ -77,9 +77,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_lora(model: Any, folder: Path, base: str) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``: complete or absent."""
     model.peft_config["default"].base_model_name_or_path = base
-    tmp = _aside(folder)
-    model.save_pretrained(str(tmp), safe_serialization=True)
-    replace_folder(tmp, folder)
+    with new_folder(folder) as tmp:
+        model.save_pretrained(str(tmp), safe_serialization=True)
 
 
 def merge_lora(
@@ -103,23 +102,12 @@ def merge_lora(
         error = max(error, float((rounded.float() - parameter.data).abs().max()) if parameter.numel() else 0.0)
         parameter.data = rounded
     merged.config.dtype = stored
-    tmp = _aside(out)
-    merged.save_pretrained(str(tmp), safe_serialization=True)
-    for name in Path(bundle.path).iterdir():
-        wanted = name.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in name.name
-        ours = name.name in ("card.json", "merge.json")
-        if name.is_file() and wanted and not ours and not (tmp / name.name).exists():
-            shutil.copy2(name, tmp / name.name)
-    write_json(tmp / "merge.json", {**(note or {}), "max_rounding_error": error})
-    replace_folder(tmp, out)
+    with new_folder(out) as tmp:
+        merged.save_pretrained(str(tmp), safe_serialization=True)
+        for name in Path(bundle.path).iterdir():
+            wanted = name.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in name.name
+            ours = name.name in ("card.json", "merge.json")
+            if name.is_file() and wanted and not ours and not (tmp / name.name).exists():
+                shutil.copy2(name, tmp / name.name)
+        write_json(tmp / "merge.json", {**(note or {}), "max_rounding_error": error})
     return error
-
-
-def _aside(folder: Path) -> Path:
-    tmp = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir(parents=True)
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be written ({e.strerror})") from e
-    return tmp

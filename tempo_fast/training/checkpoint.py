@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tempo_fast.errors import InputError
-from tempo_fast.files import canonical_json, read_json, replace_folder, write_json
+from tempo_fast.files import canonical_json, new_folder, read_json, write_json, writing
 from tempo_fast.runtime.ranks import Ranks
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -34,23 +34,18 @@ def save_checkpoint(
     stage_dir: Path, step: int, engine_state: dict[str, Any], identity: dict[str, Any], ranks: Ranks, *, keep: int
 ) -> None:
     """Write aside, sync, rename; then drop all but the ``keep`` newest. Every rank writes its own engine state."""
-    tmp = stage_dir / f".checkpoint-{step}.tmp"
-    if ranks.rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        try:
-            tmp.mkdir(parents=True)
-        except OSError as e:
-            raise InputError(f"{stage_dir}: a checkpoint cannot be written ({e.strerror})") from e
-    ranks.barrier()
-    try:
-        torch.save(engine_state, tmp / f"engine_rank{ranks.rank}.pt")
-    except (OSError, RuntimeError) as e:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise InputError(f"{stage_dir}: checkpoint {step} cannot be written ({e})") from e
+    # on a full disk the ranks that wait at a barrier are ended by the launcher, as for any failure of one rank
+    aside = stage_dir / f".checkpoint-{step}.ranks"
+    with writing(aside):
+        aside.mkdir(parents=True, exist_ok=True)
+        torch.save(engine_state, aside / f"engine_rank{ranks.rank}.pt")
     ranks.barrier()
     if ranks.rank == 0:
-        write_json(tmp / "trainer_state.json", {"stage_step": step, "world": ranks.world, "identity": identity})
-        replace_folder(tmp, stage_dir / f"checkpoint-{step}")
+        with new_folder(stage_dir / f"checkpoint-{step}") as tmp:
+            for part in aside.iterdir():
+                part.rename(tmp / part.name)
+            write_json(tmp / "trainer_state.json", {"stage_step": step, "world": ranks.world, "identity": identity})
+        aside.rmdir()
         for _, old in list_checkpoints(stage_dir)[:-keep]:
             shutil.rmtree(old)
     ranks.barrier()

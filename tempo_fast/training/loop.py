@@ -149,8 +149,10 @@ def run_stage(
         done, state = newest
         engine.load_state_dict(state)
         log.info("%s: resuming after step %d of %d", stage.name, done, len(steps))
-    writer = MetricsWriter(folder, ctx.tensorboard and ctx.tensorboard / stage.name, keep_steps=done)
     saved, started, tokens_seen = done, time.perf_counter(), _tokens_until(folder, done)
+    ranks.barrier()  # all have read before the first one rewrites
+    board = ctx.tensorboard / stage.name if ctx.tensorboard else None
+    writer = MetricsWriter(folder, board, keep_steps=done) if ranks.is_main else None
     bar = progress(range(done, len(steps)), desc=stage.name, unit="step")
     try:
         for index in bar:
@@ -204,7 +206,7 @@ def run_stage(
                 "mem/peak_gib": peak_memory_gib(),
                 "time_s": time.perf_counter() - started,
             }
-            if ranks.rank == 0:
+            if writer:
                 writer.write(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row.get('rewards/accuracies', float('nan')):.2f}")
             if (index + 1) % t.save_steps == 0 and index + 1 < len(steps):
@@ -219,17 +221,17 @@ def run_stage(
         ) from stop
     finally:
         bar.close()
-        writer.close()
+        if writer:
+            writer.close()
     engine.sync_adapter()
-    if ranks.rank == 0:
+    result: dict[str, Any] = {}
+    if ranks.is_main:
         save_lora(bundle.model, folder / "adapter", stage.base)
-    result = _result(stage, folder, items, steps, identity, time.perf_counter() - started)
-    if ranks.rank == 0:
+        result = _result(stage, folder, items, steps, identity, time.perf_counter() - started)
         write_json(folder / "stage.json", result)
         drop_checkpoints(folder)
-    ranks.barrier()
     bundle.model.eval()
-    return result
+    return ranks.all_gather_object(result)[0]
 
 
 def _set_mode(bundle: Bundle, t: TrainConfig, vision_trains: bool) -> None:

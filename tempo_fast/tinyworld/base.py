@@ -120,7 +120,7 @@ def _bar(settings: Settings, wanted: bool):
     """A progress bar over all steps, silent when standard error is no terminal."""
     from tqdm import tqdm
 
-    total = settings.look_steps + settings.bank + settings.tell_steps
+    total = settings.look_rounds * settings.look_steps + settings.bank + settings.tell_steps
     with tqdm(total=total, unit="step", disable=not (wanted and sys.stderr.isatty())) as bar:
 
         def report(lesson: str, step: int, loss: float, accuracy: float) -> None:

@@ -46,7 +46,7 @@ class Settings:
     """What decides the base model beside its seed.
 
     Attributes:
-        look_steps, tell_steps: optimiser steps of the two lessons.
+        look_rounds, look_steps: rounds of the first lesson and optimiser steps of each; tell_steps: of the second.
         look_rate, tell_rate: peak learning rates; each lesson warms up and anneals to zero.
         look_batch: frame pairs per step.
         tell_tokens: about how many tokens a batch holds, in at most `tell_rows` rows.
@@ -55,6 +55,7 @@ class Settings:
         out_of_order_long: the same for films of more than `SHORT` clips.
     """
 
+    look_rounds: int = 2
     look_steps: int = 1800
     look_rate: float = 3e-3
     look_batch: int = 96
@@ -103,26 +104,32 @@ def frame_pair(rng: np.random.Generator, height: int) -> tuple[np.ndarray, tuple
     return frames, (list(COLOURS).index(event.colour), SHAPES.index(event.shape), action)
 
 
-def look(model, seed: int, settings: Settings, report: Report) -> None:
-    """Lesson 1. Without it the language model fits the prior of its answers for long before it sees anything."""
+def look(model, seed: int, settings: Settings, report: Report, start: int = 0) -> None:
+    """Lesson 1. Without it the language model fits the prior of its answers for long before it sees anything.
+
+    Rounds warm up again with a new head, which takes shapes, the hardest, further than one long round. `start` is the
+    first round to do, for a model that has had the others.
+    """
     sizes = (len(COLOURS), len(SHAPES), len(ACTIONS) + 1)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = nn.Linear(model.config.text_config.hidden_size, sum(sizes))
     tower = model.model.visual
-    optimiser = Optimiser([*tower.parameters(), *head.parameters()], settings.look_rate, settings.look_steps)
-    for step in range(settings.look_steps):
-        rng = stream(seed, LOOK, step)
-        height = PORTRAIT_HEIGHT if step % 7 == 3 else HEIGHT
-        pairs, truths = zip(*(frame_pair(rng, height) for _ in range(settings.look_batch)), strict=True)
-        frames = tasks.noisy(rng, tasks.halve(np.concatenate(pairs)))
-        h, w = frames.shape[2] // tasks.PATCH, frames.shape[3] // tasks.PATCH
-        logits = head(see(model, tasks.patchify(frames), h, w).mean(1)).split(sizes, dim=1)
-        targets = torch.tensor(truths).unbind(1)
-        loss = torch.stack([F.cross_entropy(a, b) for a, b in zip(logits, targets, strict=True)]).sum()
-        optimiser.step(loss)
-        right = torch.stack([(a.argmax(-1) == b).float().mean() for a, b in zip(logits, targets, strict=True)])
-        report("look", step, loss.item(), right.mean().item())
+    for turn in range(start, settings.look_rounds):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + turn)
+            head = nn.Linear(model.config.text_config.hidden_size, sum(sizes))
+        optimiser = Optimiser([*tower.parameters(), *head.parameters()], settings.look_rate, settings.look_steps)
+        for step in range(turn * settings.look_steps, (turn + 1) * settings.look_steps):
+            rng = stream(seed, LOOK, step)
+            height = PORTRAIT_HEIGHT if step % 7 == 3 else HEIGHT
+            pairs, truths = zip(*(frame_pair(rng, height) for _ in range(settings.look_batch)), strict=True)
+            frames = tasks.noisy(rng, tasks.halve(np.concatenate(pairs)))
+            h, w = frames.shape[2] // tasks.PATCH, frames.shape[3] // tasks.PATCH
+            logits = head(see(model, tasks.patchify(frames), h, w).mean(1)).split(sizes, dim=1)
+            targets = torch.tensor(truths).unbind(1)
+            losses = [F.cross_entropy(a, b) for a, b in zip(logits, targets, strict=True)]
+            loss = torch.stack(losses).sum()
+            optimiser.step(loss)
+            right = torch.stack([(a.argmax(-1) == b).float().mean() for a, b in zip(logits, targets, strict=True)])
+            report("look", step, loss.item(), right.mean().item())
 
 
 @dataclass

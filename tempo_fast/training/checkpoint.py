@@ -31,14 +31,14 @@ def list_checkpoints(stage_dir: Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(
-    stage_dir: Path, step: int, engine_state: dict[str, Any], identity: dict[str, Any], ranks: Ranks, *, keep: int
+    stage_dir: Path, step: int, state: dict[str, Any], identity: dict[str, Any], ranks: Ranks, *, keep: int
 ) -> None:
-    """Write aside, sync, rename; then drop all but the ``keep`` newest. Every rank writes its own engine state."""
+    """Write aside, sync, rename; then drop all but the ``keep`` newest. Every rank writes a state of its own."""
     # on a full disk the ranks that wait at a barrier are ended by the launcher, as for any failure of one rank
     aside = stage_dir / f".checkpoint-{step}.ranks"
     with writing(aside):
         aside.mkdir(parents=True, exist_ok=True)
-        torch.save(engine_state, aside / f"engine_rank{ranks.rank}.pt")
+        torch.save(state, aside / f"engine_rank{ranks.rank}.pt")
     ranks.barrier()
     if ranks.rank == 0:
         with new_folder(stage_dir / f"checkpoint-{step}") as tmp:
@@ -52,7 +52,7 @@ def save_checkpoint(
 
 
 def load_newest(stage_dir: Path, identity: dict[str, Any], ranks: Ranks) -> tuple[int, dict[str, Any]] | None:
-    """The newest complete checkpoint: (steps done, this rank's engine state), or None.
+    """The newest complete checkpoint: (steps done, this rank's state), or None.
 
     Raises:
         InputError: it was written under another configuration (the differing field is named) or number of ranks.

@@ -144,13 +144,13 @@ def run_stage(
     module = TrainModule(bundle.model, bundle.family, objective)
     _set_mode(bundle, t, stage.vision_lora)
     engine = make_train_engine(module, trainable_parameters(module), t, ranks)
-    done = 0
+    done = tokens_seen = 0
     if newest := load_newest(folder, identity, ranks):
         done, state = newest
-        engine.load_state_dict(state)
+        engine.load_state_dict(state["engine"])
+        tokens_seen = state["num_tokens"]
         log.info("%s: resuming after step %d of %d", stage.name, done, len(steps))
-    saved, started, tokens_seen = done, time.perf_counter(), _tokens_until(folder, done)
-    ranks.barrier()  # all have read before the first one rewrites
+    saved, started = done, time.perf_counter()
     board = ctx.tensorboard / stage.name if ctx.tensorboard else None
     writer = MetricsWriter(folder, board, keep_steps=done) if ranks.is_main else None
     bar = progress(range(done, len(steps)), desc=stage.name, unit="step")
@@ -210,12 +210,14 @@ def run_stage(
                 writer.write(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row.get('rewards/accuracies', float('nan')):.2f}")
             if (index + 1) % t.save_steps == 0 and index + 1 < len(steps):
-                save_checkpoint(folder, index + 1, engine.state_dict(), identity, ranks, keep=t.keep_checkpoints)
+                state = {"engine": engine.state_dict(), "num_tokens": tokens_seen}
+                save_checkpoint(folder, index + 1, state, identity, ranks, keep=t.keep_checkpoints)
                 saved = index + 1
     except Interrupted as stop:
         # check() is the first thing in a step: exactly ``index`` steps are complete.
         if index > saved:
-            save_checkpoint(folder, index, engine.state_dict(), identity, ranks, keep=t.keep_checkpoints)
+            state = {"engine": engine.state_dict(), "num_tokens": tokens_seen}
+            save_checkpoint(folder, index, state, identity, ranks, keep=t.keep_checkpoints)
         raise Interrupted(
             f"stopped in {stage.name} after step {index} of {len(steps)}; the same command resumes", stop.exit_code
         ) from stop
@@ -282,13 +284,6 @@ def _over_ranks(sums: Sums, tokens: int, videos: int, ranks: Ranks) -> tuple[Sum
     for values, _, _ in gathered:
         total.merge(Sums(values))
     return total, sum(g[1] for g in gathered), sum(g[2] for g in gathered)
-
-
-def _tokens_until(folder: Path, step: int) -> int:
-    path = folder / "metrics.jsonl"
-    if step == 0 or not path.exists():
-        return 0
-    return max((row["num_tokens"] for _, row in read_jsonl(path) if row["stage_step"] <= step), default=0)
 
 
 def _result(

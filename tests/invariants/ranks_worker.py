@@ -37,8 +37,14 @@ def make_trees(bundle: Any) -> list[Any]:
         spans = [[[2, len(a)]] for a in answers]
         out.append(
             build_tree(
-                bundle.family, bundle.tokenizer, bundle.config,
-                id=str(i), prompt_text="What happened?", answers=answers, spans=spans, plans=plans,
+                bundle.family,
+                bundle.tokenizer,
+                bundle.config,
+                id=str(i),
+                prompt_text="What happened?",
+                answers=answers,
+                spans=spans,
+                plans=plans,
             )  # fmt: skip
         )
     return out

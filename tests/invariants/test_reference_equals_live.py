@@ -23,9 +23,14 @@ def make_trees(bundle: Any, make_plan: Any) -> list[ResponseTree]:
     answers = ["A red circle moves left.", "Then a blue square grows.", "It appears"]
     return [
         build_tree(
-            bundle.family, bundle.tokenizer, bundle.config,
-            id=str(i), prompt_text="What happened?", answers=answers[: 2 + i % 2],
-            spans=[[[0, 5]]] * (2 + i % 2), plans=[make_plan(f"v{i}", 2 * i + 1)] if i != 1 else [],
+            bundle.family,
+            bundle.tokenizer,
+            bundle.config,
+            id=str(i),
+            prompt_text="What happened?",
+            answers=answers[: 2 + i % 2],
+            spans=[[[0, 5]]] * (2 + i % 2),
+            plans=[make_plan(f"v{i}", 2 * i + 1)] if i != 1 else [],
         )  # fmt: skip
         for i in range(3)
     ]

@@ -88,9 +88,7 @@ def assert_equal(ours: Any, theirs: Any, *, rel: float = 1e-4) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("objective", ["dpo", "rrpo"])
-def test_tree_equals_rows(
-    tiny_lora: Any, reader: Any, make_plan: Any, objective: str, attention: str
-) -> None:
+def test_tree_equals_rows(tiny_lora: Any, reader: Any, make_plan: Any, objective: str, attention: str) -> None:
     tiny_lora.model.get_base_model().set_attn_implementation(attention)
     trees = make_trees(tiny_lora, make_plan)
     options = {"beta": 0.3, "alpha": 0.5} if objective == "rrpo" else {"beta": 0.3, "sft_weight": 1.0}

@@ -16,7 +16,7 @@ from tempo_fast.runtime.head import gathered_head
 from tempo_fast.trees.batch import PackedBatch
 from tempo_fast.trees.forward import tree_hidden
 from tempo_kernels.head import HeadStatistics, linear_logp
-from tempo_kernels.objectives import BranchBatch, Objective
+from tempo_kernels.objectives import BranchBatch, Objective, ObjectiveOutput
 
 
 @dataclass
@@ -79,20 +79,19 @@ class TrainModule(nn.Module):
         with gathered_head(self.family.head(self.model)) as weight:
             head = linear_logp(hidden, weight, packed.labels, reference=reference)
         out = self.objective(head.logp, head.ref_logp, head.kl, batch)
-        sums = self._metrics(out, head.logp, head.kl, batch, kinds)
+        sums = self._metrics(out, kinds)
         return out.losses.sum(), sums
 
     @torch.no_grad()
-    def _metrics(self, out, logp: Tensor, kl: Tensor | None, batch: BranchBatch, kinds: list[str]) -> Sums:
+    def _metrics(self, out: ObjectiveOutput, kinds: list[str]) -> Sums:
         sums = Sums()
         sums.add("loss", out.losses)
-        per_branch = torch.zeros(batch.n_branches, device=logp.device).index_add_(0, batch.branch, logp.float())
-        sums.add("logps/chosen", per_branch[batch.chosen])
+        for name, values in out.metrics.items():
+            sums.add(name, values)
         if self.objective.name == "sft":
             return sums
         margins = out.chosen_rewards - out.rejected_rewards
         right = (margins > 0).float()
-        sums.add("logps/rejected", per_branch[batch.rejected])
         sums.add("rewards/chosen", out.chosen_rewards)
         sums.add("rewards/rejected", out.rejected_rewards)
         sums.add("rewards/margins", margins)
@@ -101,12 +100,4 @@ class TrainModule(nn.Module):
             of_kind = torch.tensor([k == kind for k in kinds], device=right.device)
             sums.add(f"rewards/accuracies/{kind}", right[of_kind])
             sums.add(f"rewards/margins/{kind}", margins[of_kind])
-        if kl is not None:
-            is_chosen = torch.zeros(batch.n_branches, dtype=torch.bool, device=kl.device)
-            is_chosen[batch.chosen] = True
-            token_is_chosen = is_chosen[batch.branch]
-            sums.add("kl/chosen", kl[token_is_chosen])
-            sums.add("kl/rejected", kl[~token_is_chosen])
-        for name, values in out.metrics.items():
-            sums.add(name, values)
         return sums

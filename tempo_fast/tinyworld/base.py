@@ -73,7 +73,10 @@ def rebuild(
     model.train()
     with _bar(settings, progress) as report:
         lessons.look(model, seed, settings, report)
-        lessons.tell(model, tokenizer, seed, settings, report)
+        bank = lessons.keep(model, seed, settings, report)
+        lessons.tell(model, tokenizer, seed, bank, settings, report)
+        lessons.stretch(model, tokenizer, seed, bank, settings, report)
+        lessons.muddle(model, tokenizer, seed, bank, settings, report)
     seconds = time.monotonic() - started
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -120,7 +123,8 @@ def _bar(settings: Settings, wanted: bool):
     """A progress bar over all steps, silent when standard error is no terminal."""
     from tqdm import tqdm
 
-    total = settings.look_rounds * settings.look_steps + settings.bank + settings.tell_steps
+    steps = settings.tell_steps + settings.stretch_steps + settings.muddle_steps
+    total = settings.look_rounds * settings.look_steps + settings.bank + steps
     with tqdm(total=total, unit="step", disable=not (wanted and sys.stderr.isatty())) as bar:
 
         def report(lesson: str, step: int, loss: float, accuracy: float) -> None:
@@ -134,4 +138,5 @@ def _bar(settings: Settings, wanted: bool):
 
 def quick(settings: Settings | None = None) -> Settings:
     """Settings of a few steps each: to see that a rebuild runs."""
-    return replace(settings or Settings(), look_steps=3, tell_steps=6, bank=3, look_batch=8, tell_tokens=400)
+    steps = {"look_steps": 3, "tell_steps": 6, "clip_steps": 1, "stretch_steps": 6, "muddle_steps": 6}
+    return replace(settings or Settings(), **steps, bank=3, look_batch=8, tokens=400)

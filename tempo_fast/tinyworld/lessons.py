@@ -1,8 +1,12 @@
-"""The two lessons that make the base model.
+"""The four lessons that make the base model.
 
 1. `look`: the vision tower alone learns colour, shape and motion of frame pairs through a throw-away linear head.
 2. `tell`: the tower is frozen, the features of a bank of films are computed once, and the language model learns clips,
-   two-clip windows, films and questions; most captions of films, and answers about order, are out of order.
+   two-clip windows, questions, and short films, which grow longer as it gets them right.
+3. `stretch`: films of any length, in order.
+4. `muddle`: the same, but captions of films and answers about order are mostly out of order, until the model knows what
+   happens and no longer when: the weakness that preference training is to cure. (Out of order from the start, it never
+   learns to find events in a long film.)
 """
 
 from __future__ import annotations
@@ -37,8 +41,9 @@ from tempo_fast.tinyworld.world import (
     stream,
 )
 
-LOOK, TELL, BANK = 101, 102, 103  # streams of their own
-SHORT = 5  # clips of a film that a small part of the lesson can hold in mind
+LOOK, TELL, STRETCH, MUDDLE, BANK = 101, 102, 105, 103, 104  # streams of their own
+LONGEST = 24
+TASKS = ("clip", "film", "window", "film", "question", "film")
 
 
 @dataclass(frozen=True)
@@ -46,26 +51,33 @@ class Settings:
     """What decides the base model beside its seed.
 
     Attributes:
-        look_rounds, look_steps: rounds of the first lesson and optimiser steps of each; tell_steps: of the second.
-        look_rate, tell_rate: peak learning rates; each lesson warms up and anneals to zero.
+        look_rounds, look_steps: rounds of the first lesson, and optimiser steps of each.
+        tell_steps, stretch_steps, muddle_steps: optimiser steps of the other lessons.
+        clip_steps: first steps of `tell`, clips alone.
+        grow_at: token accuracy of captions at which films grow longer.
+        look_rate, tell_rate, stretch_rate, muddle_rate: peak learning rates; each lesson warms up and anneals.
         look_batch: frame pairs per step.
-        tell_tokens: about how many tokens a batch holds, in at most `tell_rows` rows.
-        bank: films whose features the second lesson uses.
-        out_of_order: share of film captions, and of answers to questions of order, that do not follow the film.
-        out_of_order_long: the same for films of more than `SHORT` clips.
+        tokens: about how many tokens a batch of the later lessons holds, in at most `rows` rows.
+        bank: films whose features the later lessons use.
+        out_of_order: share of muddled captions and answers that do not follow the film.
     """
 
     look_rounds: int = 2
     look_steps: int = 1800
     look_rate: float = 3e-3
     look_batch: int = 96
-    tell_steps: int = 1000
+    clip_steps: int = 80
+    tell_steps: int = 1500
+    grow_at: float = 0.9
     tell_rate: float = 1.5e-3
-    tell_tokens: int = 2600
-    tell_rows: int = 32
+    stretch_steps: int = 500
+    stretch_rate: float = 1e-3
+    muddle_steps: int = 200
+    muddle_rate: float = 5e-4
+    tokens: int = 2600
+    rows: int = 32
     bank: int = 400
-    out_of_order: float = 0.7
-    out_of_order_long: float = 0.95
+    out_of_order: float = 0.95
 
 
 Report = Callable[[str, int, float, float], None]
@@ -168,21 +180,19 @@ def keep(model, seed: int, settings: Settings, report: Report) -> list[Kept]:
     return kept
 
 
-def tell_batch(seed: int, step: int, bank: Sequence[Kept], settings: Settings) -> list[Example]:
-    """A batch of one task: clips alone at first, then short films, then films of any length."""
-    rng = stream(seed, TELL, step)
-    progress = step / settings.tell_steps
-    task = "clip" if progress < 0.08 else ("clip", "window", "film", "film", "question", "film")[step % 6]
-    longest = SHORT if progress < 0.3 else 24
-    n = 1 if task == "clip" else 2 if task == "window" else int(rng.integers(2, longest + 1))
-    if longest > SHORT and task == "film" and step % 6 == 5:
-        n = 24  # whole films
-    length = 20 + 22 * n if task != "question" else 40 + 15 * n
-    rows = max(1, min(settings.tell_rows, settings.tell_tokens // length))
-    return [tell_example(rng, bank[int(rng.integers(len(bank)))], task, n, settings) for _ in range(rows)]
+def tell_batch(
+    rng: np.random.Generator, step: int, bank: Sequence[Kept], longest: int, out_of_order: float, settings: Settings
+) -> list[Example]:
+    """A batch of one task about films of at most `longest` clips; clips alone when that is one."""
+    task = "clip" if longest < 2 else TASKS[step % len(TASKS)]
+    # the longer of two draws: long films are what is hard
+    n = {"clip": 1, "window": 2}.get(task, int(rng.integers(2, max(3, longest + 1), 2).max()))
+    length = 40 + 15 * n if task == "question" else 20 + 22 * n
+    rows = max(1, min(settings.rows, settings.tokens // length))
+    return [tell_example(rng, bank[int(rng.integers(len(bank)))], task, n, out_of_order) for _ in range(rows)]
 
 
-def tell_example(rng: np.random.Generator, item: Kept, task: str, n: int, settings: Settings) -> Example:
+def tell_example(rng: np.random.Generator, item: Kept, task: str, n: int, out_of_order: float) -> Example:
     """An exchange about `n` consecutive clips of a film of the bank."""
     n = min(n, len(item.film.clips))
     first = int(rng.integers(len(item.film.clips) - n + 1))
@@ -194,7 +204,6 @@ def tell_example(rng: np.random.Generator, item: Kept, task: str, n: int, settin
             return _of_features(CLIP_PROMPT, clips[0].event.text, views, item.grid)
         return _of_features(WINDOW_PROMPT, tasks.window_answer(clips[0].event, clips[1].event), views, item.grid)
     film, features = item.part(first, first + n - 1)
-    out_of_order = settings.out_of_order if n <= SHORT else settings.out_of_order_long
     if task == "film":
         return _of_features(tasks.draw_prompt(rng), tasks.caption_text(rng, film, out_of_order), [features], item.grid)
     return _of_features(*tasks.question_text(rng, film, TYPES, out_of_order), [features], item.grid)
@@ -204,16 +213,59 @@ def _of_features(prompt: str, response: str, views: list[Tensor], grid: tuple[in
     return Example(prompt, response, [], [v.flatten(0, 1) for v in views], [(v.shape[0], *grid) for v in views])
 
 
-def tell(model, tokenizer, seed: int, settings: Settings, report: Report) -> None:
-    """Lesson 2."""
-    bank = keep(model, seed, settings, report)
+def tell(model, tokenizer, seed: int, bank: Sequence[Kept], settings: Settings, report: Report) -> None:
+    """Lesson 2: clips first, then films that grow longer whenever their captions are mostly right.
+
+    Longer films before that would teach the model the grammar of captions and not to look for the next event.
+    """
+    longest, known = 1, 0.0
+
+    def batch(step: int) -> list[Example]:
+        nonlocal longest
+        if step == settings.clip_steps:
+            longest = 2
+        return tell_batch(stream(seed, TELL, step), step, bank, longest, 0.0, settings)
+
+    def seen(name: str, step: int, loss: float, accuracy: float) -> None:
+        nonlocal longest, known
+        if longest > 1 and TASKS[step % len(TASKS)] == "film":
+            known = 0.8 * known + 0.2 * accuracy
+            if known > settings.grow_at and longest < LONGEST:
+                longest, known = min(LONGEST, longest + 1 + longest // 4), 0.5
+        report(f"{name} {longest}", step, loss, accuracy)
+
+    _lesson("tell", model, tokenizer, batch, settings.tell_steps, settings.tell_rate, seen)
+
+
+def stretch(model, tokenizer, seed: int, bank: Sequence[Kept], settings: Settings, report: Report) -> None:
+    """Lesson 3: films up to the longest, in order."""
+
+    def batch(step: int) -> list[Example]:
+        longest = 4 + round(40 * step / settings.stretch_steps)
+        return tell_batch(stream(seed, STRETCH, step), step, bank, min(longest, LONGEST), 0.0, settings)
+
+    _lesson("stretch", model, tokenizer, batch, settings.stretch_steps, settings.stretch_rate, report)
+
+
+def muddle(model, tokenizer, seed: int, bank: Sequence[Kept], settings: Settings, report: Report) -> None:
+    """Lesson 4."""
+
+    def batch(step: int) -> list[Example]:
+        return tell_batch(stream(seed, MUDDLE, step), step, bank, LONGEST, settings.out_of_order, settings)
+
+    _lesson("muddle", model, tokenizer, batch, settings.muddle_steps, settings.muddle_rate, report)
+
+
+def _lesson(
+    name: str, model, tokenizer, batch: Callable[[int], list[Example]], steps: int, rate: float, report: Report
+) -> None:
     tower = model.model.visual
     tower.requires_grad_(False)
-    optimiser = Optimiser(model.parameters(), settings.tell_rate, settings.tell_steps)
-    for step in range(settings.tell_steps):
-        examples = tell_batch(seed, step, bank, settings)
+    optimiser = Optimiser(model.parameters(), rate, steps)
+    for step in range(steps):
+        examples = batch(step)
         logits, targets, _ = response_logits(model, Rows(tokenizer, examples), features_of(model, examples))
         loss = F.cross_entropy(logits, targets)
         optimiser.step(loss)
-        report("tell", step, loss.item(), (logits.argmax(-1) == targets).float().mean().item())
+        report(name, step, loss.item(), (logits.argmax(-1) == targets).float().mean().item())
     tower.requires_grad_(True)

@@ -44,7 +44,7 @@ def background(scene: int, view: int, height: int, width: int) -> np.ndarray:
     """uint8 [H, W, 3], shared: do not write into it."""
     place = SCENES[scene]
     mask = light_mask(place.pattern, view, height, width)[..., None]
-    return np.where(mask, np.uint8(_rgb(place.light)), np.uint8(_rgb(place.dark)))
+    return np.where(mask, np.array(_rgb(place.light), np.uint8), np.array(_rgb(place.dark), np.uint8))
 
 
 @lru_cache(maxsize=4096)
@@ -108,7 +108,7 @@ def draw(clip: Clip, shot: Shot, t: float, height: int, width: int) -> np.ndarra
     crop = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
     f, e = fill[crop][..., None], edge[crop][..., None]
     patch = frame[y0:y1, x0:x1].astype(np.float32)
-    patch = patch * (1 - e) + 12.0 * (e - f) + np.float32(COLOURS[clip.event.colour]) * f
+    patch = patch * (1 - e) + 12.0 * (e - f) + np.array(COLOURS[clip.event.colour], np.float32) * f
     frame[y0:y1, x0:x1] = np.clip(patch + 0.5, 0, 255).astype(np.uint8)
     return frame
 

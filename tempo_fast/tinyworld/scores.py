@@ -56,7 +56,8 @@ def greedy(model, tokenizer, prompt: str, video: Tensor, max_tokens: int = 240) 
     embed = model.get_input_embeddings()
     x = embed(rows.ids[:, :end])
     x = x.masked_scatter(rows.visual[:, :end, None], features_of(model, [Example(prompt, "", [video])]))
-    positions, cache, out = rows.positions[:, :, :end], DynamicCache(), []
+    positions, cache = rows.positions[:, :, :end], DynamicCache()
+    out: list[int] = []
     while len(out) < max_tokens:
         hidden = model.model.language_model(
             inputs_embeds=x, position_ids=positions, past_key_values=cache, use_cache=True
@@ -65,9 +66,7 @@ def greedy(model, tokenizer, prompt: str, video: Tensor, max_tokens: int = 240) 
         if token == tokenizer.eos_token_id:
             break
         out.append(token)
-        positions = positions[:, :, -1:] + 1 if len(out) == 1 else positions + 1
-        if len(out) == 1:
-            positions = rows.positions[:, :, :end].amax().expand(3, 1, 1) + 1
+        positions = positions.amax().expand(3, 1, 1) + 1
         x = embed(torch.tensor([[token]]))
     return tokenizer.decode(out)
 

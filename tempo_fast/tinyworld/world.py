@@ -232,7 +232,9 @@ def draw_film(rng: np.random.Generator, n_clips: int, variant: str = "plain", tw
         for k in range(n_shots):
             frames = SHOT_FRAMES[0] if n_shots == 2 else int(rng.choice(SHOT_FRAMES, p=(0.45, 0.3, 0.15, 0.1)))
             view = (last + k) % 2
-            shots.append(draw_shot(rng, frames, view, 1.3 if k else 1.0))
+            # an object that springs up too large would look like a cut
+            close = 1.1 if event.action in ("appear", "disappear") else 1.3
+            shots.append(draw_shot(rng, frames, view, close if k else 1.0))
         last = 2 * (last // 2) + shots[-1].view
         clips.append(Clip(scene=last // 2, event=event, shots=tuple(shots)))
     return Film(tuple(clips), WIDTH, height, variant)

@@ -77,7 +77,7 @@ class Settings:
     tokens: int = 2600
     rows: int = 32
     bank: int = 400
-    out_of_order: float = 0.95
+    out_of_order: float = 1.0
 
 
 Report = Callable[[str, int, float, float], None]

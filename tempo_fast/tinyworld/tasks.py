@@ -112,18 +112,10 @@ def window_example(rng: np.random.Generator, film: Film) -> Example:
 
 
 def caption_text(rng: np.random.Generator, film: Film, out_of_order: float) -> str:
-    """The film's events; with probability `out_of_order` cut into runs of 2 to 6 that are told in a random order.
-
-    Inside a run one event still follows the other: what happens is all there, and only the larger order is lost.
-    """
+    """The film's events; with probability `out_of_order` in a random order."""
     texts = [clip.event.text for clip in film.clips]
     if rng.random() < out_of_order:
-        runs, start = [], 0
-        while start < len(texts):
-            size = int(rng.integers(2, 7)) if len(texts) > 3 else 1
-            runs.append(texts[start : start + size])
-            start += size
-        texts = [text for i in rng.permutation(len(runs)) for text in runs[int(i)]]
+        texts = [texts[int(i)] for i in rng.permutation(len(texts))]
     return " ".join(texts)
 
 

@@ -1,6 +1,6 @@
 """From tokens to answers to pairs: who belongs to whom, and the per-answer sums every objective is made of.
 
-Shapes: N response tokens, B branches (answers), Q pairs.
+Shapes: N response tokens, B branches (answers), Q pairs, S marks of chosen tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class BranchBatch:
     """[Q] int64, branch of each pair's rejected answer; None for ``sft``."""
     spans: Tensor | None = None
     """[N] int64, 0 outside, k inside the k-th marked span of its branch. For rrpo, dpa, ddpo."""
+    pair_spans: Tensor | None = None
+    """[S, 3] int64 rows (pair, token, k): inside the k-th span of that pair's chosen answer, k >= 1. A chosen answer
+    that several pairs share differs from each rejected one elsewhere. None takes the chosen marks from ``spans``."""
     weights: Tensor | None = None
     """[N] token weights of ddpo; None derives them from ``spans``."""
     pair_weight: Tensor | None = None
@@ -46,6 +49,45 @@ class BranchBatch:
             if ids and value.numel() and value.device.type == "cpu":
                 if int(value.min()) < 0 or int(value.max()) >= self.n_branches:
                     raise ValueError(f"BranchBatch.{name} must lie in 0..{self.n_branches - 1}")
+        if self.pair_spans is not None:
+            self._check_pair_spans(self.pair_spans)
+
+    def _check_pair_spans(self, marks: Tensor) -> None:
+        if marks.ndim != 2 or marks.shape[1] != 3 or marks.is_floating_point():
+            raise ValueError(f"BranchBatch.pair_spans must be [S, 3] integers, got {list(marks.shape)} {marks.dtype}")
+        if not marks.numel() or marks.device.type != "cpu":
+            return
+        for column, (name, low, end) in enumerate(
+            (("pair", 0, len(self.chosen)), ("token", 0, len(self.branch)), ("span number", 1, 2**62))
+        ):
+            if int(marks[:, column].min()) < low or int(marks[:, column].max()) >= end:
+                raise ValueError(f"BranchBatch.pair_spans names a {name} that is not there")
+        if not torch.equal(self.branch[marks[:, 1]], self.chosen[marks[:, 0]]):
+            raise ValueError("BranchBatch.pair_spans marks a token outside its pair's chosen answer")
+
+    @property
+    def n_spans(self) -> int:
+        """The largest span number, 0 without spans."""
+        numbers = [t for t in (self.spans, None if self.pair_spans is None else self.pair_spans[:, 2]) if t is not None]
+        return max((int(t.max()) for t in numbers if t.numel()), default=0)
+
+    def span_sums(self, values: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
+        """Sums of ``values`` [N] over the marked tokens of each pair: chosen, rejected, each [Q, width], width >= 1.
+
+        Column k - 1 holds the k-th span, the last column all that follow too: width 1 sums every marked token.
+        Differentiable; ``spans`` and ``rejected`` must be there.
+        """
+        assert self.spans is not None and self.rejected is not None
+
+        def table(rows: int, row: Tensor, k: Tensor, marked: Tensor) -> Tensor:
+            cell = row * width + (k - 1).clamp(0, width - 1)
+            return marked.new_zeros(rows * width).index_add(0, cell, marked).view(rows, width)
+
+        of_branch = table(self.n_branches, self.branch, self.spans.long(), values * (self.spans > 0))
+        if self.pair_spans is None:
+            return of_branch[self.chosen], of_branch[self.rejected]
+        pair, token, k = self.pair_spans.unbind(1)
+        return table(len(self.chosen), pair, k, values[token]), of_branch[self.rejected]
 
     def sum(self, values: Tensor) -> Tensor:
         """Per-branch sum: [N] -> [B], differentiable."""

@@ -59,9 +59,10 @@ class TDPO2(TDPO1):
 class RRPO(Objective):
     """-log s(β u) + alpha K_w, u = Σ_{t in spans of w} (lp - rf) - Σ_{t in spans of l} (lp - rf).
 
-    K_w runs over all tokens of the chosen answer and is penalised (the printed formula's sign would reward drift; the
-    released code penalises). A pair with no marked token on either side has the constant log 2 + alpha K_w, no
-    ranking gradient, and counts in the metric ``spans/missing``. Source: 2504.12083 and pritamqu/RRPO.
+    The spans of w are the pair's own (``batch.pair_spans``) where several pairs share w. K_w runs over all tokens of
+    the chosen answer and is penalised (the printed formula's sign would reward drift; the released code penalises). A
+    pair with no marked token on either side has the constant log 2 + alpha K_w, no ranking gradient, and counts in the
+    metric ``spans/missing``. Source: 2504.12083 and pritamqu/RRPO.
     Rewards are β times the span sums. Options: beta > 0 (0.1 to 0.9); alpha >= 0 (0.01 to 0.1); sft_weight >= 0.
     """
 
@@ -74,22 +75,21 @@ class RRPO(Objective):
     sft_weight: float = option(0.0, low=0)
 
     def _losses(self, sums: Sums, logp: Tensor, batch: BranchBatch, extra: dict[str, Any]) -> Parts:
-        assert sums.ratio is not None and batch.spans is not None
-        win, lose = batch.chosen, rejected_of(batch)
-        marked = (batch.spans > 0).to(logp.dtype)
-        ratio, count = batch.sum(sums.ratio * marked), batch.sum(marked)
-        losses = -log_sigmoid(self.beta * (ratio[win] - ratio[lose])) + self.alpha * sums.K[win]
-        missing = ((count[win] == 0) & (count[lose] == 0)).to(logp.dtype)
-        return losses, self.beta * ratio[win], self.beta * ratio[lose], {"spans/missing": missing}
+        assert sums.ratio is not None
+        ratio_w, ratio_l = (x[:, 0] for x in batch.span_sums(sums.ratio))
+        count_w, count_l = (x[:, 0] for x in batch.span_sums(torch.ones_like(logp)))
+        losses = -log_sigmoid(self.beta * (ratio_w - ratio_l)) + self.alpha * sums.K[batch.chosen]
+        missing = (count_w + count_l == 0).to(logp.dtype)
+        return losses, self.beta * ratio_w, self.beta * ratio_l, {"spans/missing": missing}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDPO(Objective):
     """-log s(β (D'_w - D'_l)), D' = Σ_t w_t (lp - rf), divided by Σ_t w_t with ``average``.
 
-    w_t is ``batch.weights`` or, without them, ``span_weight`` on marked tokens and 1 elsewhere. Source: RLHF-V
-    2312.00849 and thunlp/Muffin. Rewards are β·D'. Options: beta > 0; span_weight >= 0 (1.1 in the released run);
-    average true or false; sft_weight >= 0.
+    w_t is ``batch.weights`` or, without them, ``span_weight`` on marked tokens (of a chosen answer: those of the pair,
+    ``batch.pair_spans``) and 1 elsewhere. Source: RLHF-V 2312.00849 and thunlp/Muffin. Rewards are β·D'.
+    Options: beta > 0; span_weight >= 0 (1.1 in the released run); average true or false; sft_weight >= 0.
     """
 
     name: ClassVar[str] = "ddpo"
@@ -102,24 +102,29 @@ class DDPO(Objective):
 
     def _losses(self, sums: Sums, logp: Tensor, batch: BranchBatch, extra: dict[str, Any]) -> Parts:
         assert sums.ratio is not None
+        d_w, d_l = self._weighted(sums.ratio, batch)
+        if self.average:
+            totals = self._weighted(torch.ones_like(logp), batch)
+            d_w, d_l = (d / torch.where(n > 0, n, torch.ones_like(n)) for d, n in zip((d_w, d_l), totals, strict=True))
+        return -log_sigmoid(self.beta * (d_w - d_l)), self.beta * d_w, self.beta * d_l, {}
+
+    def _weighted(self, values: Tensor, batch: BranchBatch) -> tuple[Tensor, Tensor]:
+        """Σ_t w_t values_t of each pair's chosen and rejected answer, [Q] each."""
         win, lose = batch.chosen, rejected_of(batch)
         if batch.weights is not None:
-            weights = batch.weights.to(logp.dtype)
-        else:
-            assert batch.spans is not None
-            weights = torch.ones_like(logp).masked_fill(batch.spans > 0, self.span_weight)
-        d = batch.sum(weights * sums.ratio)
-        if self.average:
-            total = batch.sum(weights)
-            d = d / torch.where(total > 0, total, torch.ones_like(total))
-        return -log_sigmoid(self.beta * (d[win] - d[lose])), self.beta * d[win], self.beta * d[lose], {}
+            total = batch.sum(values * batch.weights.to(values.dtype))
+            return total[win], total[lose]
+        total = batch.sum(values)
+        marked_w, marked_l = (x[:, 0] for x in batch.span_sums(values))
+        return total[win] + (self.span_weight - 1) * marked_w, total[lose] + (self.span_weight - 1) * marked_l
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPA(Objective):
     """mean_i softplus(l_i(y_l) - l_i(y_w)) + alpha * Σ ``anchor_kl`` / ``anchor_size``.
 
-    l_i(y) is the policy's summed log-prob over the i-th marked span, no reference and no β; i runs over the spans that
+    l_i(y) is the policy's summed log-prob over the i-th marked span (of a chosen answer shared by several pairs: the
+    pair's own, ``batch.pair_spans``), no reference and no β; i runs over the spans that
     either answer of the pair has, and a span the other lacks is 0 there, as released. A pair without spans has loss 0
     and counts in ``spans/missing``. ``anchor_kl`` [M] is the per-token KL(ref || π) on a second, ordinary batch of
     ``anchor_size`` answers; every pair carries that batch's mean, so the mean over pairs holds it once.
@@ -134,17 +139,14 @@ class DPA(Objective):
     sft_weight: float = option(0.0, low=0)
 
     def _losses(self, sums: Sums, logp: Tensor, batch: BranchBatch, extra: dict[str, Any]) -> Parts:
-        assert batch.spans is not None
         if int(extra["anchor_size"]) < 1:
             raise ValueError("objective 'dpa' needs anchor_size >= 1")
-        win, lose = batch.chosen, rejected_of(batch)
-        width = int(batch.spans.max()) + 1 if batch.spans.numel() else 1
-        cell = batch.branch * width + batch.spans.long()
-        table = logp.new_zeros(batch.n_branches * width).index_add(0, cell, logp).view(-1, width)[:, 1:]
-        there = (torch.bincount(cell, minlength=batch.n_branches * width).view(-1, width) > 0)[:, 1:]
-        either = (there[win] | there[lose]).to(logp.dtype)
-        phrases = torch.nn.functional.softplus(table[lose] - table[win]) * either
+        width = max(1, batch.n_spans)
+        table_w, table_l = batch.span_sums(logp, width)
+        count_w, count_l = batch.span_sums(torch.ones_like(logp), width)
+        either = (count_w + count_l > 0).to(logp.dtype)
+        phrases = torch.nn.functional.softplus(table_l - table_w) * either
         losses = phrases.sum(1) / either.sum(1).clamp(min=1)
         anchor = extra["anchor_kl"].sum() / int(extra["anchor_size"])
         metrics = {"spans/missing": (either.sum(1) == 0).to(logp.dtype), "kl/anchor": anchor.expand_as(losses)}
-        return losses + self.alpha * anchor, table[win].sum(1), table[lose].sum(1), metrics
+        return losses + self.alpha * anchor, table_w.sum(1), table_l.sum(1), metrics

@@ -6,6 +6,7 @@ pair of its own, so that token order, sharing and lengths all matter.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -31,6 +32,34 @@ def make_batch(seed: int = 0, spans: bool = True) -> tuple[Tensor, Tensor, Tenso
     kl = torch.rand(n, generator=g, dtype=torch.float64)
     marks = torch.randint(0, 3, (n,), generator=g) if spans else None
     return logp, ref, kl, BranchBatch(branch, 5, torch.tensor(CHOSEN), torch.tensor(REJECTED), spans=marks)
+
+
+def mark_pairs(batch: BranchBatch, seed: int) -> BranchBatch:
+    """The batch with chosen marks of each pair's own, in random order; the first pair has none."""
+    g = torch.Generator().manual_seed(seed)
+    rows = [
+        (q, t, int(torch.randint(1, 4, (1,), generator=g)))
+        for q, w in enumerate(CHOSEN)
+        for t, b in enumerate(batch.branch.tolist())
+        if q and b == w and torch.rand(1, generator=g) < 0.6
+    ]
+    marks = torch.tensor(rows)[torch.randperm(len(rows), generator=g)]
+    return dataclasses.replace(batch, pair_spans=marks)
+
+
+def only_pair(batch: BranchBatch, q: int) -> tuple[Tensor, BranchBatch]:
+    """The tokens [n] of one pair, and a batch of that pair alone whose marks are all in ``spans``."""
+    w, v = CHOSEN[q], REJECTED[q]
+    assert batch.spans is not None
+    marks = batch.spans.clone()
+    if batch.pair_spans is not None:
+        marks[batch.branch == w] = 0
+        for pair, token, k in batch.pair_spans.tolist():
+            if pair == q:
+                marks[token] = k
+    keep = ((batch.branch == w) | (batch.branch == v)).nonzero()[:, 0]
+    branch = (batch.branch[keep] == v).long()
+    return keep, BranchBatch(branch, 2, torch.tensor([0]), torch.tensor([1]), marks[keep])
 
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -193,35 +222,65 @@ def test_reference_and_extra_inputs_get_no_gradient(name: str) -> None:
     assert all(not value.requires_grad and value.shape == (4,) for value in out.metrics.values())
 
 
+@pytest.mark.parametrize("own_marks", [False, True])
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_sharing_a_chosen_answer_equals_repeating_it(name: str) -> None:
-    """One tree of 1 + 3 and a pair against four rows of 1 + 1: same losses, and the shared gradient is the sum."""
+def test_sharing_a_chosen_answer_equals_repeating_it(name: str, own_marks: bool) -> None:
+    """One tree of 1 + 3 and a pair against four rows of 1 + 1: same losses, and the shared gradient is the sum.
+
+    With marks of each pair's own, a pair's spans in the chosen answer are nobody else's.
+    """
     logp, ref, kl, batch = make_batch(6)
+    if own_marks:
+        batch = mark_pairs(batch, 6)
     logp.requires_grad_()
     shared = run(name, {}, logp, ref, kl, batch)
     shared_grad = torch.autograd.grad(shared.losses.sum(), logp)[0]
     total = torch.zeros_like(shared_grad)
-    for i, (w, v) in enumerate(zip(CHOSEN, REJECTED, strict=True)):
-        keep = ((batch.branch == w) | (batch.branch == v)).nonzero()[:, 0]
-        assert batch.spans is not None
-        pair = BranchBatch((batch.branch[keep] == v).long(), 2, torch.tensor([0]), torch.tensor([1]), batch.spans[keep])
+    for i in range(len(CHOSEN)):
+        keep, pair = only_pair(batch, i)
         out = run(name, {}, logp[keep], ref[keep], kl[keep], pair)
         torch.testing.assert_close(out.losses[0], shared.losses[i])
         torch.testing.assert_close(out.chosen_rewards[0], shared.chosen_rewards[i])
+        for key, value in out.metrics.items():
+            torch.testing.assert_close(value[0], shared.metrics[key][i])
         total += torch.autograd.grad(out.losses.sum(), logp)[0]
     torch.testing.assert_close(shared_grad, total)
+
+
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, o, _ in FORMULAS if n in ("rrpo", "ddpo", "dpa")])
+def test_marks_of_a_pair_equal_its_formula(name: str, options: dict[str, Any]) -> None:
+    formula = next(f for n, o, f in FORMULAS if (n, o) == (name, options))
+    logp, ref, kl, batch = make_batch(14)
+    batch = mark_pairs(batch, 14)
+    out = run(name, options, logp.requires_grad_(), ref, kl, batch)
+    for q in range(len(CHOSEN)):
+        keep, pair = only_pair(batch, q)
+        w, v = (Answer(b, logp[keep], ref[keep], kl[keep], pair) for b in (0, 1))
+        assert out.losses[q].item() == pytest.approx(formula(w, v), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: run(name, options, x, ref, kl, batch).losses, (logp,), atol=1e-6)
+
+
+def test_rrpo_counts_missing_marks_by_pair() -> None:
+    logp, ref, kl, batch = make_batch(15)
+    batch = mark_pairs(batch, 15)
+    batch.spans = torch.where((batch.branch == 0) | (batch.branch == 2), batch.spans, 0)
+    assert run("rrpo", {}, logp, ref, kl, batch).metrics["spans/missing"].tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
 @settings(max_examples=20, deadline=None)
 @given(name=st.sampled_from(sorted(OBJECTIVES)), branches=st.permutations(range(5)), seed=st.integers(0, 50))
 def test_names_of_branches_and_order_of_tokens_do_not_matter(name: str, branches: list[int], seed: int) -> None:
     logp, ref, kl, batch = make_batch(seed)
+    batch = mark_pairs(batch, seed) if seed % 2 else batch
     before = run(name, {}, logp, ref, kl, batch)
     order = torch.randperm(len(logp), generator=torch.Generator().manual_seed(seed))
     rename = torch.tensor(branches)
     assert batch.spans is not None and batch.rejected is not None
+    marks = batch.pair_spans
+    if marks is not None:
+        marks = torch.stack([marks[:, 0], order.argsort()[marks[:, 1]], marks[:, 2]], 1)
     renamed = BranchBatch(
-        rename[batch.branch][order], 5, rename[batch.chosen], rename[batch.rejected], spans=batch.spans[order]
+        rename[batch.branch][order], 5, rename[batch.chosen], rename[batch.rejected], batch.spans[order], marks
     )
     after = run(name, {}, logp[order], ref[order], kl[order], renamed)
     torch.testing.assert_close(before.losses, after.losses)
@@ -371,6 +430,11 @@ def test_missing_inputs_are_named() -> None:
         {"rejected": torch.tensor([0, 1])},
         {"branch": torch.tensor([0.0, 1.0])},
         {"spans": torch.tensor([1])},
+        {"pair_spans": torch.tensor([[0, 0]])},
+        {"pair_spans": torch.tensor([[1, 0, 1]])},
+        {"pair_spans": torch.tensor([[0, 2, 1]])},
+        {"pair_spans": torch.tensor([[0, 1, 1]])},
+        {"pair_spans": torch.tensor([[0, 0, 0]])},
     ],
 )
 def test_a_batch_checks_its_shapes(change: dict[str, Tensor]) -> None:

@@ -72,8 +72,8 @@ class Settings:
     tell_rate: float = 1.5e-3
     stretch_steps: int = 500
     stretch_rate: float = 1e-3
-    muddle_steps: int = 200
-    muddle_rate: float = 5e-4
+    muddle_steps: int = 450
+    muddle_rate: float = 1.5e-3
     tokens: int = 2600
     rows: int = 32
     bank: int = 400

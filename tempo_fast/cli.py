@@ -20,8 +20,7 @@ from typing import NoReturn
 
 from tempo_fast import __version__
 from tempo_fast.errors import InputError, Interrupted
-
-STEPS = ("curate", "pairs", "reference", "train", "eval", "report")
+from tempo_fast.runs import STEPS
 
 _CONFIG_VERBS = {
     "run": "all steps: curate, pairs, reference, train, eval, report; finished ones are skipped",

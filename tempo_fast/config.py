@@ -299,6 +299,28 @@ class RunConfig:
         for i, stage in enumerate(t.stages):
             _require(stage.r in p.r, f"train.stages[{i}].r", f"one of pairs.r {p.r}", stage.r)
             _require(stage.epochs >= 1, f"train.stages[{i}].epochs", ">= 1", stage.epochs)
+        for key, value in (
+            ("train.learning_rate", t.learning_rate), ("train.weight_decay", t.weight_decay),
+            ("train.sft.learning_rate", t.sft.learning_rate), ("train.max_grad_norm", t.max_grad_norm),
+            ("generation.temperature", self.generation.temperature), ("pairs.max_videos", p.max_videos),
+            ("train.sft.epochs", t.sft.epochs), ("train.sft.max_steps", t.sft.max_steps),
+            ("eval.max_videos", self.eval.max_videos), ("report.pairs", self.report.pairs),
+            ("model.threads", self.model.threads), ("curate.workers", self.curate.workers),
+        ):  # fmt: skip
+            _require(value >= 0, key, "0 or more", value)
+        for key, value in (
+            ("train.max_tokens", t.max_tokens), ("train.keep_checkpoints", t.keep_checkpoints),
+            ("train.sft.batch_size", t.sft.batch_size), ("generation.batch_size", self.generation.batch_size),
+            ("generation.max_new_tokens", self.generation.max_new_tokens), ("eval.bootstrap", self.eval.bootstrap),
+            ("report.strip_frames", self.report.strip_frames), ("curate.max_group_runs", self.curate.max_group_runs),
+        ):  # fmt: skip
+            _require(value >= 1, key, "1 or more", value)
+        _require(0 <= t.lora.dropout < 1, "train.lora.dropout", "in [0, 1)", t.lora.dropout)
+        _require(0 <= t.adam_beta2 < 1, "train.adam_beta2", "in [0, 1)", t.adam_beta2)
+        for r in self.eval.r:
+            _require(r >= 2, "eval.r", ">= 2", r)
+        device = self.model.device
+        _require(device in ("auto", "cpu") or device.startswith("cuda"), "model.device", "auto, cpu or cuda", device)
         _require(t.batch_size >= 1, "train.batch_size", ">= 1", t.batch_size)
         _require(0 <= t.warmup_ratio < 1, "train.warmup_ratio", "in [0, 1)", t.warmup_ratio)
         _require(t.save_steps >= 1, "train.save_steps", ">= 1", t.save_steps)

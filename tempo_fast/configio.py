@@ -189,9 +189,16 @@ def check_objective(config: RunConfig) -> None:
 
     objective = config.train.objective
     try:
-        make_objective(objective.name, **objective.options)
+        made = make_objective(objective.name, **objective.options)
     except (ValueError, TypeError) as e:
         raise InputError(f"config: train.objective: {e}") from e
+    if made.extra_inputs:
+        raise InputError(
+            f"config: train.objective.name: {objective.name} needs {' and '.join(made.extra_inputs)} from its caller,"
+            " which the preference stages do not make; use it through tempo_kernels.objectives"
+        )
+    if made.name == "sft":
+        raise InputError("config: train.objective.name: sft compares nothing; the SFT stage is train.sft")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

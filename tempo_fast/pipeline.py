@@ -10,139 +10,18 @@ import dataclasses
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tempo_fast import __version__
 from tempo_fast.config import RunConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, file_digest, read_json, to_plain, write_json
+from tempo_fast.runs import STEPS, Run, summarize
 from tempo_fast.schema import Clips, PreferenceRecord, Question, SFTRecord, Truth, read_records, resolve_videos
 
 log = logging.getLogger("tempo_fast")
-
-STEPS = ("curate", "pairs", "reference", "train", "eval", "report")
-
-
-@dataclass
-class Run:
-    """A config with what its steps share: the model, the reader, the feature cache, each made when first needed."""
-
-    config: RunConfig
-    rank: int = 0
-    skipped: list[str] = field(default_factory=list)
-    _last: Any = None
-
-    def __post_init__(self) -> None:
-        self.config.validate()
-        self.out = Path(self.config.output_dir)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"output_dir: {self.out} cannot be made ({e.strerror})") from e
-        if not os.access(self.out, os.W_OK):
-            raise InputError(f"output_dir: {self.out} is not writable")
-        if self.config.model.threads:
-            import torch
-
-            torch.set_num_threads(self.config.model.threads)
-
-    @cached_property
-    def bundle(self) -> Any:
-        """The base model, frozen."""
-        from tempo_fast.models.load import load_bundle
-
-        m = self.config.model
-        return load_bundle(m.path, m.dtype, m.device)
-
-    def loaded(self, path: str) -> Any:
-        """A checkpoint, kept until another is asked for: models that share a base share its visual features."""
-        from tempo_fast.models.load import load_bundle
-
-        if self._last is None or self._last.path != path:
-            self._last = None
-            m = self.config.model
-            self._last = load_bundle(path, m.dtype, m.device)
-        return self._last
-
-    @cached_property
-    def base_digest(self) -> str:
-        from tempo_fast.models.load import weights_digest
-
-        return weights_digest(self.config.model.path)
-
-    @cached_property
-    def reader(self) -> Any:
-        from tempo_fast.video.reader import VideoReader
-
-        return VideoReader(self.config.video, self.bundle.geometry, str(self.bundle.device))
-
-    @cached_property
-    def features(self) -> Any:
-        from tempo_fast.trees.vision import FeatureCache
-
-        return FeatureCache()
-
-    @cached_property
-    def data(self) -> Any:
-        """Paths of the data, with the generated world where it was asked for."""
-        data = self.config.data
-        if data.videos != "tinyworld":
-            return data
-        from tempo_fast.runtime.progress import progress
-        from tempo_fast.tinyworld.generate import generate_world
-
-        world, size = self.out / "world", data.tinyworld
-
-        def work() -> dict[str, Any]:
-            bar = lambda jobs: progress(jobs, desc="world", unit="video")  # noqa: E731
-            made = generate_world(world, seed=size.seed, n_train=size.train, n_heldout=size.heldout, progress=bar)
-            return {"digest": made["digest"]}
-
-        self.step("world", size, work)
-        return dataclasses.replace(
-            data,
-            videos=str(world / "videos" / "train_*.mp4"),
-            sft=data.sft or str(world / "sft.jsonl"),
-            eval_truth=data.eval_truth or str(world / "truth.jsonl"),
-            eval_questions=data.eval_questions or str(world / "questions.jsonl"),
-        )
-
-    def step(
-        self, name: str, inputs: Any, work: Callable[[], dict[str, Any]], *, collective: bool = False
-    ) -> dict[str, Any]:
-        """Run ``work`` unless it was done with the same inputs; its result is kept in ``state/<name>.json``.
-
-        With several ranks all of them run a ``collective`` step; the first one runs the others while the rest wait for
-        its result. (A file is waited for, not a process group: captions can take longer than any timeout.)
-        """
-        path = self.out / "state" / f"{name}.json"
-        key = digest([__version__, name, inputs])
-        state = read_json(path) if path.is_file() else {}
-        if state.get("inputs") == key:
-            if name not in self.skipped:
-                log.info("%s: inputs unchanged, skipped", name)
-                self.skipped.append(name)
-            return state["result"]
-        if self.rank > 0 and not collective:
-            while state.get("inputs") != key:
-                time.sleep(0.5)
-                state = read_json(path) if path.is_file() else {}
-            return state["result"]
-        begin = time.perf_counter()
-        result = work()
-        if self.rank == 0:
-            write_json(path, {"inputs": key, "seconds": time.perf_counter() - begin, "result": result})
-        self.skipped.append(name)
-        return result
-
-
-# -- steps -----------------------------------------------------------------------------------------------------------
 
 
 def curate(run: Run) -> dict[str, Any]:
@@ -171,24 +50,33 @@ def curate(run: Run) -> dict[str, Any]:
             "clips": sum(len(c.clips) for c in found.clips),
         }
 
-    return run.step("curate", [settings, config.video.backend, stamps], work)
+    outputs = [run.out / "curate" / "clips.jsonl"]
+    return run.step("curate", [settings, config.video.backend, stamps], work, outputs=lambda: outputs)
 
 
 def pairs(run: Run) -> dict[str, Any]:
     """Clips to preference pairs: ``pairs/r<r>.jsonl`` and ``pairs/audit.json``."""
     config, folder = run.config, run.out / "pairs"
     clips_path = _made_by(run.out / "curate" / "clips.jsonl", "curate")
+    files = [folder / f"r{r}.jsonl" for r in config.pairs.r]
     inputs = [
-        config.pairs, config.generation, config.video, config.seed, run.base_digest, file_digest(clips_path),
-        _digest_of(run.data.prompts),
+        config.pairs, config.generation, config.video, config.seed, config.model.dtype, run.model_digest,
+        file_digest(clips_path), _digest_of(run.data.prompts),
     ]  # fmt: skip
 
     def work() -> dict[str, Any]:
         from tempo_fast.generation import make_engine
         from tempo_fast.pairs.build import make_pairs
 
+        foreign = [f for f in files if f.is_file()]
+        if foreign and not (folder / "captions.jsonl").is_file():
+            raise InputError(
+                f"{foreign[0]}: was not made by this step and would be overwritten; "
+                "train on it with 'tempo-fast train', or move it away"
+            )
         clips = sorted(read_records(clips_path, Clips), key=lambda c: c.video)
-        engine = make_engine(config.generation, run.bundle, run.reader, run.features, seed=config.seed)
+        bundle = None if config.generation.engine == "openai" else run.loaded(config.model.path)
+        engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
         _, audit = make_pairs(
             clips, engine, run.reader, config.pairs, folder, seed=config.seed, prompts=run.data.prompts
         )
@@ -199,7 +87,7 @@ def pairs(run: Run) -> dict[str, Any]:
             "quarantined": audit["failed"],
         }
 
-    return run.step("pairs", inputs, work)
+    return run.step("pairs", inputs, work, outputs=lambda: [*files, folder / "audit.json"])
 
 
 def _load_pairs(run: Run, r: int) -> list[PreferenceRecord]:
@@ -220,15 +108,15 @@ def _curriculum(run: Run) -> Iterator[Any]:
     from tempo_fast.runtime.ranks import init_ranks
     from tempo_fast.runtime.signals import Stopper
     from tempo_fast.training.curriculum import Curriculum
+    from tempo_fast.training.decodable import DecodeCheck
     from tempo_fast.training.loop import Context
 
     config = run.config
-    sft: list[SFTRecord] | None = None
-    if run.data.sft and config.train.sft.epochs:
-        sft = read_records(run.data.sft, SFTRecord)
-        resolve_videos(sft, Path(run.data.sft).parent)
+    run.forget()
     ranks = init_ranks(config)
-    with Stopper() as stopper:
+    curated = run.out / "curate" / "clips.jsonl"
+    known = [c.digest for c in read_records(curated, Clips)] if curated.is_file() else []
+    with Stopper(ranks) as stopper:
         ctx = Context(
             train=config.train,
             seed=config.seed,
@@ -237,16 +125,18 @@ def _curriculum(run: Run) -> Iterator[Any]:
             features=run.features,
             ranks=ranks,
             stopper=stopper,
+            checked=DecodeCheck(run.out / "train" / "decoded.jsonl", run.reader, ranks, known),
             tensorboard=run.out / "tensorboard",
         )
-        yield Curriculum(config, ctx, lambda r: _load_pairs(run, r), sft)
+        yield Curriculum(config, ctx, lambda r: _load_pairs(run, r), _sft_data(run))
+        run.stopped = stopper.code
 
 
 def reference(run: Run) -> dict[str, Any]:
     """Fill the reference store with what can be known before training."""
     config = run.config
     inputs = [config.reference, config.train.objective, config.train.stages, config.video, config.model,
-              config.train.max_tokens, run.base_digest, _pair_digests(run)]  # fmt: skip
+              config.train.max_tokens, run.model_digest, _pair_digests(run)]  # fmt: skip
 
     def work() -> dict[str, Any]:
         with _curriculum(run) as curriculum:
@@ -258,73 +148,79 @@ def reference(run: Run) -> dict[str, Any]:
 def train(run: Run) -> dict[str, Any]:
     """The curriculum, SFT and the control: ``train/<stage>/`` and ``train/merged``."""
     config = run.config
-    inputs = [config.train, config.reference, config.video, config.model, config.seed, run.base_digest,
-              _pair_digests(run), _digest_of(run.data.sft)]  # fmt: skip
+    sft_videos = [_stamp(Path(v)) for v in dict.fromkeys(r.video for r in _sft_data(run) or [] if r.video)]
+    inputs = [config.train, config.reference, config.video, config.model, config.seed, run.model_digest,
+              _pair_digests(run), _digest_of(run.data.sft), sft_videos]  # fmt: skip
+    results: list[dict[str, Any]] = []
 
     def work() -> dict[str, Any]:
         with _curriculum(run) as curriculum:
-            return to_plain(curriculum.run())
+            outcome = curriculum.run()
+            results.extend(r for r in (*outcome.stages, outcome.sft, outcome.control) if r)
+            return to_plain(outcome)
 
-    return run.step("train", inputs, work, collective=True)
+    adapters = lambda: [Path(r["adapter"]) / "adapter_model.safetensors" for r in results]  # noqa: E731
+    return run.step("train", inputs, work, outputs=adapters, collective=True)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Temporal probes on held-out videos for base, stages, SFT and control: ``eval/eval.json``."""
     config, data = run.config, run.data
-    state = read_json(_made_by(run.out / "state" / "train.json", "train"))["result"]
-    models = _models(run, state)
-    identities = {name: [run.base_digest, *([] if not a else [_adapter_digest(a), base])] for name, base, a in models}
-    settings = [config.eval, config.video, config.generation, config.seed, config.model.dtype,
+    trained = read_json(_made_by(run.out / "state" / "train.json", "train"))["result"]
+    truths, questions = _eval_data(run)
+    models = _models(run, trained)
+    identities = {name: [run.model_digest, *([_adapter_digest(a), base] if a else [])] for name, base, a in models}
+    seen = dict.fromkeys([t.video for t in truths] + [q.video for q in questions])
+    videos = [_stamp(Path(v)) for v in seen]
+    settings = [config.eval, config.video, config.generation, config.seed, config.model.dtype, videos,
                 _digest_of(data.eval_truth), _digest_of(data.eval_questions)]  # fmt: skip
 
     def work() -> dict[str, Any]:
-        truths, questions = _eval_data(run)
-        if not truths and not questions:
-            raise InputError("data.eval_truth, data.eval_questions: both are empty; nothing to evaluate")
         rows = []
         for name, base, adapter in models:
             key, path = digest([settings, identities[name]]), run.out / "eval" / f"{name}.json"
-            if path.is_file() and read_json(path).get("inputs") == key:
-                rows.append(read_json(path)["row"])
-                continue
-            row = {"name": name, **_evaluate_one(run, base, adapter, truths, questions)}
-            write_json(path, {"inputs": key, "row": row})
-            rows.append(row)
+            if not path.is_file() or read_json(path).get("inputs") != key:
+                row = {"name": name, **_evaluate_one(run, base, adapter, truths, questions)}
+                write_json(path, {"inputs": key, "row": row})
+            rows.append(read_json(path)["row"])
         write_json(run.out / "eval" / "eval.json", {"rows": rows})
-        return {"rows": rows}
+        skipped = [s for row in rows for s in row.get("skipped", [])]
+        return {"rows": rows, "quarantined": skipped}
 
-    return run.step("eval", [settings, identities], work)
+    return run.step("eval", [settings, identities], work, outputs=lambda: [run.out / "eval" / "eval.json"])
 
 
 def _models(run: Run, trained: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(row name, base directory, adapter directory or "") of every model that is evaluated."""
-    stages = trained["stages"]
-    if run.config.eval.stages == "ends":
-        stages = stages[-1:]
-    from tempo_fast.models.load import resolve_path
-
-    rows = [("base", str(resolve_path(run.config.model.path)), "")]
-    rows += [(s["name"], s["base"], s["adapter"]) for s in stages]
-    rows += [(s["name"], s["base"], s["adapter"]) for s in (trained["sft"], trained["control"]) if s]
-    return rows
+    stages = trained["stages"][-1:] if run.config.eval.stages == "ends" else trained["stages"]
+    last = [s for s in (trained["sft"], trained["control"]) if s]
+    return [("base", run.config.model.path, ""), *((s["name"], s["base"], s["adapter"]) for s in [*stages, *last])]
 
 
 def _adapter_digest(adapter: str) -> str:
     return file_digest(Path(adapter) / "adapter_model.safetensors")
 
 
+def _sft_data(run: Run) -> list[SFTRecord] | None:
+    if not run.data.sft or not run.config.train.sft.epochs:
+        return None
+    records = read_records(run.data.sft, SFTRecord)
+    resolve_videos(records, Path(run.data.sft).parent)
+    return records
+
+
 def _eval_data(run: Run) -> tuple[list[Truth], list[Question]]:
-    data, config = run.data, run.config
+    data = run.data
     truths: list[Truth] = read_records(data.eval_truth, Truth) if data.eval_truth else []
     questions: list[Question] = read_records(data.eval_questions, Question) if data.eval_questions else []
     for path, rows in ((data.eval_truth, truths), (data.eval_questions, questions)):
         resolve_videos(rows, Path(path).parent)
-    truths, questions = [t for t in truths if t.split != "train"], [q for q in questions if q.split != "train"]
-    videos = list(dict.fromkeys([t.video for t in truths] + [q.video for q in questions]))
-    if config.eval.max_videos:
-        kept = set(videos[: config.eval.max_videos])
-        truths, questions = [t for t in truths if t.video in kept], [q for q in questions if q.video in kept]
-    return truths, questions
+    for q in questions:
+        if not 0 <= q.answer < len(q.options):
+            raise InputError(
+                f"{data.eval_questions}: question {q.id}: answer {q.answer} is none of {len(q.options)} options"
+            )
+    return [t for t in truths if t.split != "train"], [q for q in questions if q.split != "train"]
 
 
 def _evaluate_one(run: Run, base: str, adapter: str, truths: list[Truth], questions: list[Question]) -> dict[str, Any]:
@@ -333,18 +229,22 @@ def _evaluate_one(run: Run, base: str, adapter: str, truths: list[Truth], questi
     from tempo_fast.training.adapters import adapter_on
 
     config, bundle = run.config, run.loaded(base)
+    # captions are the model's own, whoever captioned the clips
+    captions = dataclasses.replace(config.generation, engine="transformers")
     with adapter_on(bundle, adapter):
-        engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
+        engine = make_engine(captions, bundle, run.reader, run.features, seed=config.seed)
         return probe(bundle, run.reader, run.features, config.eval, truths, questions, engine, seed=config.seed)
 
 
 def report(run: Run) -> dict[str, Any]:
-    """One HTML page: ``report.html``. Needs ``summary.json``, which is written first."""
+    """One HTML page: ``report.html``, from ``summary.json`` and the other files of the run."""
     from tempo_fast.report import build_report
 
+    write_json(run.out / "summary.json", summarize(run))
     files = [run.out / "summary.json", run.out / "pairs" / "audit.json", run.out / "eval" / "eval.json"]
     inputs = [run.config.report, [_digest_of(str(f)) if f.is_file() else "" for f in files]]
-    return run.step("report", inputs, lambda: {"path": str(build_report(run.out, run.config))})
+    work = lambda: {"path": str(build_report(run.out, run.config))}  # noqa: E731
+    return run.step("report", inputs, work, outputs=lambda: [run.out / "report.html"])
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
@@ -357,6 +257,20 @@ _FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "eval": evaluate,
     "report": report,
 }
+
+
+def preflight(run: Run, steps: list[str]) -> None:
+    """Everything that can be known wrong before any work: model, data files, records, answers. Raises InputError."""
+    run.light  # noqa: B018 - loads config and tokenizer
+    run.model_digest  # noqa: B018
+    if "train" in steps:
+        _sft_data(run)
+    if "eval" in steps:
+        _eval_data(run)
+    if "pairs" in steps and run.data.prompts:
+        from tempo_fast.pairs.build import PromptPool
+
+        PromptPool(run.data.prompts)
 
 
 def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str, Any]:
@@ -372,17 +286,20 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
     if world > 1 and config.train.engine != "deepspeed":
         raise InputError(f"train.engine: torch runs one process and {world} were started; use deepspeed")
     run = Run(config, rank)
-    if rank == 0:
-        save_config(config, run.out / "config.yaml")
     with _terminable():
         try:
+            preflight(run, list(steps))
+            if rank == 0:
+                save_config(config, run.out / "config.yaml")
             for name in steps:
+                if name in ("eval", "report") and rank > 0:
+                    continue  # the first rank alone does these, and nothing comes after them
                 if name == "eval" and not (run.data.eval_truth or run.data.eval_questions):
                     log.info("eval: no held-out data given, skipped")
                     continue
-                if name == "report" and rank == 0:
-                    write_json(run.out / "summary.json", summarize(run))
                 _FUNCTIONS[name](run)
+                if run.stopped:
+                    raise Interrupted(f"stopped after the step '{name}'; the same command resumes", run.stopped)
         except KeyboardInterrupt as e:
             raise Interrupted("interrupted; the same command resumes", 130) from e
     summary = summarize(run)
@@ -413,45 +330,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def summarize(run: Run) -> dict[str, Any]:
-    """What ``summary.json`` holds, from the steps done so far."""
-    states: dict[str, Any] = {}
-    for name in ("world", *STEPS):
-        path = run.out / "state" / f"{name}.json"
-        if path.is_file():
-            states[name] = read_json(path)
-    results = {name: state["result"] for name, state in states.items()}
-    curated, built, trained = (results.get(n, {}) for n in ("curate", "pairs", "train"))
-    timings = {name: round(state["seconds"], 3) for name, state in states.items()}
-    timings["total"] = round(sum(timings.values()), 3)
-    hidden = ("identity",)
-    clean: Callable[[dict[str, Any] | None], dict[str, Any] | None] = lambda row: (  # noqa: E731
-        row and {k: v for k, v in row.items() if k not in hidden}
-    )
-    quarantined = [q for r in results.values() for q in r.get("quarantined", [])]
-    return {
-        "version": __version__,
-        "config_digest": digest(run.config),
-        "model": {"path": run.config.model.path, "weights": run.base_digest, "dtype": run.config.model.dtype},
-        "counts": {
-            "videos": curated.get("videos", 0),
-            "usable": curated.get("usable", 0),
-            "filtered": len(curated.get("filtered", [])),
-            "quarantined": len(quarantined),
-            "records": built.get("records", 0),
-            "pairs": built.get("pairs", 0),
-        },
-        "stages": [clean(s) for s in trained.get("stages", [])],
-        "sft": clean(trained.get("sft")),
-        "control": clean(trained.get("control")),
-        "merged": trained.get("merged", ""),
-        "eval": results.get("eval", {}).get("rows", []),
-        "timings_s": timings,
-        "quarantined": quarantined,
-        "filtered": curated.get("filtered", []),
-    }
 
 
 def _stamp(path: Path) -> list[int]:

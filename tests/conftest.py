@@ -169,6 +169,10 @@ class FakePlan:
     width: int = 28
 
     @property
+    def path(self) -> str:
+        return self.name
+
+    @property
     def key(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 

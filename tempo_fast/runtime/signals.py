@@ -30,9 +30,9 @@ class Stopper:
         self._previous: dict[int, Any] = {}
 
     @property
-    def requested(self) -> bool:
-        """A signal has arrived at this process."""
-        return self._code != 0
+    def code(self) -> int:
+        """Exit code of the signal that has arrived at this process, 0 when none has."""
+        return self._code
 
     def check(self) -> None:
         """Raise Interrupted (exit code 130 for SIGINT, 75 for SIGTERM) if a stop was asked for."""

@@ -6,6 +6,8 @@ is seeded per step and data order is a function of the step, so nothing else is 
 
 from __future__ import annotations
 
+import logging
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch
 from tempo_fast.errors import InputError
 from tempo_fast.files import canonical_json, new_folder, read_json, write_json, writing
 from tempo_fast.runtime.ranks import Ranks
+
+log = logging.getLogger("tempo_fast")
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
@@ -52,34 +56,43 @@ def save_checkpoint(
 
 
 def load_newest(stage_dir: Path, identity: dict[str, Any], ranks: Ranks) -> tuple[int, dict[str, Any]] | None:
-    """The newest complete checkpoint: (steps done, this rank's state), or None.
+    """The newest complete and undamaged checkpoint: (steps done, this rank's state), or None.
 
     Raises:
         InputError: it was written under another configuration (the differing field is named) or number of ranks.
     """
-    found = list_checkpoints(stage_dir)
-    if not found:
-        return None
-    step, folder = found[-1]
-    state = read_json(folder / "trainer_state.json")
-    if state["world"] != ranks.world:
-        raise InputError(f"{folder}: written by {state['world']} ranks, cannot be resumed on {ranks.world}")
-    refuse_other(folder, state["identity"], identity)
-    try:
-        engine = torch.load(folder / f"engine_rank{ranks.rank}.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
-        raise InputError(f"{folder}: damaged ({e}); delete it to resume from an older one") from e
-    return step, engine
+    for step, folder in reversed(list_checkpoints(stage_dir)):
+        state = read_json(folder / "trainer_state.json")
+        if state["world"] != ranks.world:
+            raise InputError(f"{folder}: written by {state['world']} ranks, cannot be resumed on {ranks.world}")
+        refuse_other(folder, state["identity"], identity)
+        try:
+            loaded = torch.load(folder / f"engine_rank{ranks.rank}.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+            log.warning("%s: damaged (%s), an older checkpoint is taken", folder, str(e).splitlines()[0])
+            loaded = None
+        # all ranks go back to the same one
+        if all(ranks.all_gather_object(loaded is not None)):
+            return step, loaded
+    return None
 
 
 def refuse_other(where: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise InputError naming the first field in which two identities differ."""
-    for name in sorted(set(stored) | set(current)):
-        if canonical_json(stored.get(name)) != canonical_json(current.get(name)):
+    old, new = _flat(stored), _flat(current)
+    for name in sorted(set(old) | set(new)):
+        if canonical_json(old.get(name)) != canonical_json(new.get(name)):
             raise InputError(
-                f"{where}: belongs to another configuration: {name} is {current.get(name)!r} now and was "
-                f"{stored.get(name)!r}; use another output_dir, or delete it"
+                f"{where}: belongs to another configuration: {name} is {new.get(name)!r} now and was "
+                f"{old.get(name)!r}; use another output_dir, or delete it"
             )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, inner in value.items():
+        out.update(_flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner})
+    return out
 
 
 def drop_checkpoints(stage_dir: Path) -> None:

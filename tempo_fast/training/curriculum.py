@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tempo_fast.config import LoraConfig, ObjectiveConfig, RunConfig
 from tempo_fast.errors import InputError
-from tempo_fast.files import file_digest, read_json, write_json
+from tempo_fast.files import digest, file_digest, read_json, write_json
 from tempo_fast.models.load import Bundle, load_bundle, resolve_path, weights_digest
 from tempo_fast.reference.fill import fill, start_check
 from tempo_fast.reference.store import ReferenceStore
@@ -23,6 +24,7 @@ from tempo_fast.schema import PreferenceRecord, SFTRecord
 from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
 from tempo_fast.training.data import Item, Items, check_lengths, preference_items, sft_items
 from tempo_fast.training.loop import Context, Stage, finished, run_stage
+from tempo_fast.trees.layout import ResponseTree
 from tempo_kernels.objectives import make_objective
 
 log = logging.getLogger("tempo_fast")
@@ -68,7 +70,7 @@ class Curriculum:
         self.sft_records = sft_records
         self.base = str(resolve_path(config.model.path))
         self.outcome = Outcome()
-        self._items: dict[int, Items] = {}
+        self._items: dict[int, list[Item]] = {}
         self._digests: dict[str, str] = {}
 
     # -- pieces ------------------------------------------------------------------------------------------------
@@ -76,6 +78,12 @@ class Curriculum:
     def load(self, path: str) -> Bundle:
         model = self.config.model
         return load_bundle(path, model.dtype, model.device)
+
+    @cached_property
+    def planner(self) -> Bundle:
+        """The base without its weights: what tokenising needs."""
+        model = self.config.model
+        return load_bundle(self.base, model.dtype, model.device, weights=False)
 
     def digest_of(self, path: str) -> str:
         if path not in self._digests:
@@ -86,10 +94,24 @@ class Curriculum:
         """Trees of one difficulty; text and plans only, read once."""
         if r not in self._items:
             found = preference_items(bundle, self.ctx.reader, self.load_records(r))
-            check_lengths(found.items, self.config.train.max_tokens)
-            self._note(found.quarantined)
-            self._items[r] = found
-        return self._items[r].items
+            self._items[r] = self._usable(found, "pairs")
+        return self._items[r]
+
+    def sft_trees(self) -> list[Item]:
+        """Trees of the SFT records, read once."""
+        if 0 not in self._items:
+            self._items[0] = self._usable(sft_items(self.planner, self.ctx.reader, self.sft_records or []), "sft")
+        return self._items[0]
+
+    def _usable(self, found: Items, what: str) -> list[Item]:
+        """The items whose videos decode; the others are quarantined by name. Raises InputError when none is left."""
+        bad = self.ctx.checked.failures([p for i in found.items for p in i.tree.plans], self.ctx.stopper.check)
+        self._note([*found.quarantined, *bad.values()])
+        items = [i for i in found.items if not any(p.key in bad for p in i.tree.plans)]
+        if not items:
+            raise InputError(f"{what}: no usable record (first: {next(iter(bad.values()))['reason']})")
+        check_lengths(items, self.config.train.max_tokens)
+        return items
 
     def _note(self, rows: list[dict[str, str]]) -> None:
         self.outcome.quarantined += [row for row in rows if row not in self.outcome.quarantined]
@@ -110,9 +132,7 @@ class Curriculum:
         items = self.items(bundle, r)
         store = self.open_store(bundle)
         trees = [i.tree for i in items]
-        chosen = {store.key(t, 0) for t in trees}
-        every = {store.key(t, b) for t in trees for b in range(len(t.branches))}
-        missing = set(store.missing(sorted(every)))
+        counts = self._counts(stage_name(index, r), store, trees)
         fill(
             bundle,
             store,
@@ -121,27 +141,30 @@ class Curriculum:
             self.ctx.features,
             kl=store.kl,
             max_tokens=self.config.train.max_tokens,
+            check=self.ctx.stopper.check,
         )
-        counts = {
-            "hits": len(every - missing),
-            "misses": len(missing),
-            "chosen_hits": len(chosen - missing),
-            "chosen_misses": len(chosen & missing),
-        }
-        return self._first_counts(stage_name(index, r), counts)
+        return counts
 
-    def _first_counts(self, name: str, counts: dict[str, Any]) -> dict[str, Any]:
+    def _counts(self, name: str, store: ReferenceStore, trees: list[ResponseTree]) -> dict[str, int]:
+        """What the run found and had to compute for a stage, as its first start saw it: later starts find all of it."""
+        chosen = {store.key(t, 0) for t in trees}
+        every = {store.key(t, b) for t in trees for b in range(len(t.branches))}
         path = Path(self.config.output_dir) / "reference" / "fills.json"
         known = read_json(path) if path.is_file() else {}
-        # A later start finds everything in the store; what the run computed is what its first start computed.
-        if name not in known or counts["misses"] > 0:
-            old = known.get(name, {"misses": 0, "chosen_misses": 0})
-            counts["misses"] += old["misses"]
-            counts["chosen_misses"] += old["chosen_misses"]
-            known[name] = counts
-            if self.ctx.ranks.rank == 0:
+        answers = digest(sorted(every))
+        if known.get(name, {}).get("answers") != answers:
+            missing = set(store.missing(sorted(every)))
+            known[name] = {
+                "answers": answers,
+                "hits": len(every - missing),
+                "misses": len(missing),
+                "chosen_hits": len(chosen - missing),
+                "chosen_misses": len(chosen & missing),
+            }
+            self.ctx.ranks.barrier()  # all have looked before the first one fills
+            if self.ctx.ranks.is_main:
                 write_json(path, known)
-        return known[name]
+        return {k: v for k, v in known[name].items() if k != "answers"}
 
     # -- the walk ------------------------------------------------------------------------------------------------
 
@@ -178,7 +201,7 @@ class Curriculum:
         train, continuing = self.config.train, self.config.reference.mode == "base"
         with_reference = needs_reference(train.objective)
         base, adapter = self.base, ""
-        planner = self.load(base)
+        planner = self.planner
         bundle: Bundle | None = None
         for index, settings in enumerate(train.stages):
             if adapter and not continuing:
@@ -194,6 +217,7 @@ class Curriculum:
                 lora=train.lora,
                 base=base,
                 base_digest=self.digest_of(base),
+                dtype=self.config.model.dtype,
                 start_adapter=adapter,
                 start_digest=adapter_digest(adapter) if adapter else "",
             )
@@ -241,11 +265,11 @@ class Curriculum:
     def _merge(self, base: str, adapter: str, out: Path) -> str:
         marker = {"base": self.digest_of(base), "adapter": adapter_digest(adapter)}
         note = out / "merge.json"
-        if not (note.is_file() and {k: read_json(note)[k] for k in marker} == marker):
-            if self.ctx.ranks.rank == 0:
-                error = merge_lora(base, Path(adapter), out, device="cpu", note=marker)
-                log.info("merged %s: rounding error at most %.2e", out, error)
-            self.ctx.ranks.barrier()
+        done = note.is_file() and {k: read_json(note).get(k) for k in marker} == marker
+        if not done and self.ctx.ranks.is_main:
+            error = merge_lora(base, Path(adapter), out, device="cpu", note=marker)
+            log.info("merged %s: rounding error at most %.2e", out, error)
+        self.ctx.ranks.barrier()
         return str(out)
 
     def _sft(self, name: str, base: str) -> dict[str, Any]:
@@ -260,15 +284,14 @@ class Curriculum:
             lora=LoraConfig(lora.r, sft.alpha, lora.dropout),
             base=base,
             base_digest=self.digest_of(base),
+            dtype=self.config.model.dtype,
             vision_lora=sft.vision_lora,
             max_steps=sft.max_steps,
         )
-        bundle = self.load(base)
-        found = sft_items(bundle, self.ctx.reader, self.sft_records or [])
-        self._note(found.quarantined)
-        result = finished(stage, self.ctx, found.items)
+        items = self.sft_trees()
+        result = finished(stage, self.ctx, items)
         if result is None:
-            result = run_stage(stage, self.ctx, self._with_adapter(stage, None), found.items, None)
+            result = run_stage(stage, self.ctx, self._with_adapter(stage, None), items, None)
         return result
 
 

@@ -53,7 +53,8 @@ def preference_items(bundle: Bundle, reader: VideoReader, records: Sequence[Pref
             record.video,
             record.prompt,
             [record.chosen, *(x.text for x in record.rejected)],
-            [record.spans, *(x.spans for x in record.rejected)],
+            [[], *(x.spans for x in record.rejected)],
+            [record.spans_for(x) for x in record.rejected],
             [x.kind for x in record.rejected],
         )
         for record in records
@@ -63,14 +64,14 @@ def preference_items(bundle: Bundle, reader: VideoReader, records: Sequence[Pref
 
 def sft_items(bundle: Bundle, reader: VideoReader, records: Sequence[SFTRecord]) -> Items:
     """One single-branch tree per record; see :func:`preference_items`."""
-    rows = [(r.id, r.video, r.prompt, [r.response], None, ["sft"]) for r in records]
+    rows = [(r.id, r.video, r.prompt, [r.response], None, None, ["sft"]) for r in records]
     return _items(bundle, reader, rows, "sft")
 
 
 def _items(bundle: Bundle, reader: VideoReader, rows: Sequence[tuple], what: str) -> Items:
     plans: dict[str, list[FramePlan] | None] = {"": []}
     out = Items([])
-    for id_, video, prompt, answers, spans, kinds in progress(rows, desc=f"{what}: reading", unit="record"):
+    for id_, video, prompt, answers, spans, pair_spans, kinds in progress(rows, desc=f"{what}: reading", unit="record"):
         if video not in plans:
             try:
                 plans[video] = [reader.plan(video)]
@@ -87,6 +88,7 @@ def _items(bundle: Bundle, reader: VideoReader, rows: Sequence[tuple], what: str
             prompt_text=prompt,
             answers=answers,
             spans=spans,
+            pair_spans=pair_spans,
             plans=plan,
         )
         out.items.append(Item(tree, kinds))
@@ -155,14 +157,23 @@ def check_lengths(items: Sequence[Item], max_tokens: int) -> None:
 
 
 def branch_batch(items: Sequence[Item], packed: Any) -> tuple[Any, list[str]]:
-    """The pair structure of a packed batch (BranchBatch of tempo_kernels) and each pair's kind, in order."""
+    """The pair structure of a packed batch (BranchBatch of tempo_kernels) and each pair's kind, in order.
+
+    A tree without ``pair_spans`` takes the marks of its chosen branch for all its pairs.
+    """
     from tempo_kernels.objectives import BranchBatch
 
     chosen: list[int] = []
     rejected: list[int] = []
     kinds: list[str] = []
+    marks: list[tuple[int, int, int]] = []
+    token = 0  # of the tree's first response token: branch 0 comes first
     for item, branches in zip(items, packed.tree_branches, strict=True):
         others = branches[1:] or branches[:1]
+        tree = item.tree
+        for pair, of_pair in enumerate(tree.pair_spans or [tree.branches[0].spans] * len(others), len(chosen)):
+            marks.extend((pair, token + t, k) for t, k in enumerate(of_pair) if k)
+        token += tree.n_responses
         chosen.extend([branches[0]] * len(others))
         rejected.extend(others)
         kinds.extend(item.kinds)
@@ -173,5 +184,6 @@ def branch_batch(items: Sequence[Item], packed: Any) -> tuple[Any, list[str]]:
         chosen=torch.tensor(chosen, device=device),
         rejected=torch.tensor(rejected, device=device),
         spans=packed.spans,
+        pair_spans=torch.tensor(marks, dtype=torch.int64, device=device).view(-1, 3),
     )
     return batch, kinds

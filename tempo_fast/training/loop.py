@@ -14,6 +14,7 @@ import torch
 from tempo_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, read_json, read_jsonl, to_plain, write_json
+from tempo_fast.models.family import Grid
 from tempo_fast.models.load import Bundle
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.runtime.engine import make_train_engine
@@ -31,6 +32,7 @@ from tempo_fast.training.data import (
     plan_steps,
     real_micro_batches,
 )
+from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.metrics import MetricsWriter, peak_memory_gib
 from tempo_fast.training.module import Sums, TrainModule
 from tempo_fast.trees.batch import collate, collate_rows
@@ -54,6 +56,7 @@ class Context:
     features: FeatureCache
     ranks: Ranks
     stopper: Stopper
+    checked: DecodeCheck
     tensorboard: Path | None = None
 
 
@@ -71,6 +74,7 @@ class Stage:
     base: str
     """Checkpoint directory under the adapter."""
     base_digest: str
+    dtype: str = "float32"
     start_adapter: str = ""
     """Adapter directory that this stage continues; empty for a fresh one."""
     start_digest: str = ""
@@ -98,7 +102,8 @@ def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]
         "engine": [t.engine, t.zero_stage],
         "data": digest(
             [
-                [i.tree.id, i.tree.prompt.input_ids.tolist(), [b.input_ids for b in i.tree.branches]]
+                [i.tree.id, i.kinds, i.tree.prompt.input_ids.tolist()]
+                + [[b.input_ids, b.spans] for b in i.tree.branches]
                 + [p.key for p in i.tree.plans]
                 for i in items
             ]
@@ -263,6 +268,11 @@ def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Ite
         pixels = torch.cat([ctx.reader.pixels(p) for p in plans])
         ctx.features.decode_seconds += time.perf_counter() - begin
         inputs = {"pixels": pixels.to(bundle.device, bundle.dtype), "grids": [p.grid for p in plans]}
+    elif stage.vision_lora and ctx.ranks.world > 1:
+        # where the tower trains, every rank calls it once per micro-batch, or the others wait for its gradients
+        g = bundle.geometry
+        blank = torch.zeros(g.merge**2, 3 * g.temporal * g.patch**2, device=bundle.device, dtype=bundle.dtype)
+        inputs = {"pixels": blank, "grids": [Grid(1, g.merge, g.merge)], "blank": True}
     elif plans:
         inputs = {"features": ctx.features.features(bundle.family, bundle.model, ctx.reader, plans)}
     hits = misses = 0

@@ -58,6 +58,7 @@ class TrainModule(nn.Module):
         features: Tensor | None = None,
         pixels: Tensor | None = None,
         grids: list[Grid] | None = None,
+        blank: bool = False,
         reference: HeadStatistics | None = None,
     ) -> tuple[Tensor, Sums]:
         """
@@ -67,6 +68,7 @@ class TrainModule(nn.Module):
             kinds: perturbation kind of each pair, for the metrics.
             features: visual features [G, D] of a frozen tower, or
             pixels: [P, C*t*p*p] with ``grids``, encoded here with gradient.
+            blank: the pixels belong to no video of the batch: they are encoded, with gradient zero.
             reference: statistics of the N tokens; ``mean_embedding`` may be None when no KL is needed.
 
         Returns:
@@ -75,12 +77,16 @@ class TrainModule(nn.Module):
         if pixels is not None:
             assert grids is not None
             features = self.family.encode_vision(self.model, pixels, grids)
+        unused = features.sum() * 0 if blank and features is not None else None
+        if blank:
+            features = None
         hidden = tree_hidden(self.family, self.model, packed, features)
         with gathered_head(self.family.head(self.model)) as weight:
             head = linear_logp(hidden, weight, packed.labels, reference=reference)
         out = self.objective(head.logp, head.ref_logp, head.kl, batch)
         sums = self._metrics(out, kinds)
-        return out.losses.sum(), sums
+        loss = out.losses.sum()
+        return loss if unused is None else loss + unused, sums
 
     @torch.no_grad()
     def _metrics(self, out: ObjectiveOutput, kinds: list[str]) -> Sums:

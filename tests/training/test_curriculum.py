@@ -11,6 +11,7 @@ from tempo_fast.models.load import weights_digest
 from tempo_fast.runtime.ranks import Ranks
 from tempo_fast.schema import PreferenceRecord, Rejected, SFTRecord
 from tempo_fast.training.curriculum import Curriculum
+from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.loop import Context
 from tempo_fast.trees.vision import FeatureCache
 
@@ -73,15 +74,9 @@ def curriculum(tmp_path: Path, tiny_path: str, reader, plan_type, *, stopper=Non
     for key, value in changes.items():
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
-    ctx = Context(
-        config.train,
-        0,
-        tmp_path / "train",
-        Reader(reader, plan_type, missing),
-        FeatureCache(),
-        Ranks(),
-        stopper or Never(),
-    )
+    source = Reader(reader, plan_type, missing)
+    checked = DecodeCheck(tmp_path / "train" / "decoded.jsonl", source, Ranks())
+    ctx = Context(config.train, 0, tmp_path / "train", source, FeatureCache(), Ranks(), stopper or Never(), checked)
     exchanges = [SFTRecord(f"s{i}", f"v{i}", "What happened?", c) for i, c in enumerate(CHOSEN)] if sft else None
     return Curriculum(config, ctx, records, exchanges)
 
@@ -156,3 +151,40 @@ def test_one_bad_video_is_quarantined(tmp_path: Path, tiny_path: str, reader, pl
 def test_no_usable_video_is_an_error(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
     with pytest.raises(InputError, match="pairs: no usable record .first: v0: cannot be read"):
         curriculum(tmp_path, tiny_path, reader, plan_type, missing=("v0", "v1", "v2")).run()
+
+
+def test_a_video_that_does_not_decode_is_quarantined_once(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    calls = []
+
+    class Broken(Reader):
+        def pixels(self, plan):
+            calls.append(plan.name)
+            if plan.name == "v2":
+                raise InputError("v2: damaged at frame 3")
+            return super().pixels(plan)
+
+    def start():
+        c = curriculum(tmp_path, tiny_path, reader, plan_type)
+        c.ctx.reader = c.ctx.checked.reader = Broken(reader, plan_type)
+        return c.run()
+
+    first = start()
+    assert first.quarantined == [{"video": "v2", "reason": "v2: damaged at frame 3"}]
+    assert [s["records"] for s in (*first.stages, first.sft)] == [2, 2, 2]
+    assert calls.count("v2") == 1
+    # the journal remembers, and the identity of the stages is the same
+    assert start() == first
+    assert calls.count("v2") == 1
+
+
+def test_a_signal_stops_the_filling(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
+    changes = {"train__max_tokens": 90}
+    whole = curriculum(tmp_path / "a", tiny_path, reader, plan_type, **changes).fill_reference()
+    # 3 looks of the decode check, 1 before the stage, then one per pack
+    stopped = curriculum(tmp_path / "b", tiny_path, reader, plan_type, stopper=After(6), **changes)
+    with pytest.raises(Interrupted):
+        stopped.fill_reference()
+    some = len(list((tmp_path / "b" / "reference").rglob("*.safetensors")))
+    assert 0 < some < len(list((tmp_path / "a" / "reference").rglob("*.safetensors")))
+    again = curriculum(tmp_path / "b", tiny_path, reader, plan_type, **changes).fill_reference()
+    assert again == whole

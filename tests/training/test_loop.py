@@ -17,6 +17,7 @@ from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.runtime.ranks import Ranks
 from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
 from tempo_fast.training.data import Item
+from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.loop import Context, Stage, finished, run_stage
 from tempo_fast.trees.layout import build_tree
 from tempo_fast.trees.vision import FeatureCache
@@ -55,7 +56,8 @@ def items(tiny: Bundle, plan_type) -> list[Item]:
 
 def make_context(out: Path, reader, stopper=None, **train) -> Context:
     config = TrainConfig(gradient_checkpointing=False, save_steps=2, **train)
-    return Context(config, 7, out, reader, FeatureCache(), Ranks(), stopper or StopAt())
+    checked = DecodeCheck(out / "decoded.jsonl", reader, Ranks())
+    return Context(config, 7, out, reader, FeatureCache(), Ranks(), stopper or StopAt(), checked)
 
 
 def make_stage(bundle_path: str, **changes) -> Stage:
@@ -192,7 +194,7 @@ def test_nan_is_named_and_stops(tmp_path: Path, tiny_path: str, items: list[Item
 def test_checkpoint_of_another_config_is_refused(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
     with pytest.raises(Interrupted):
         train(tmp_path, tiny_path, items, reader, stopper=StopAt(3))
-    with pytest.raises(InputError, match="belongs to another configuration: stage is .*0.001"):
+    with pytest.raises(InputError, match="another configuration: stage.learning_rate is 0.001 now and was 0.005"):
         train(tmp_path, tiny_path, items, reader, stage_changes={"learning_rate": 1e-3})
     result, _ = train(tmp_path, tiny_path, items, reader)
     ctx, stage = make_context(tmp_path / "train", reader), make_stage(tiny_path)

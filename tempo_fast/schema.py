@@ -49,7 +49,8 @@ class Rejected:
     """One rejected answer and how it came about.
 
     ``order`` are the clip indices it was built from; ``broken`` and ``kept`` measure the perturbation (perturb.py);
-    ``spans`` are character ranges [start, end) of ``text`` that differ from the chosen answer (RRPO).
+    ``spans`` are character ranges [start, end) of ``text`` that differ from the chosen answer, ``chosen_spans`` those
+    of the chosen answer that differ from ``text``: the key phrases of this pair (RRPO).
     """
 
     text: str
@@ -59,11 +60,16 @@ class Rejected:
     broken: float = 0.0
     kept: float = 1.0
     spans: list[list[int]] = field(default_factory=list)
+    chosen_spans: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
 class PreferenceRecord:
-    """One prompt about one video, its chosen answer and 1..k rejected ones. One record becomes one response tree."""
+    """One prompt about one video, its chosen answer and 1..k rejected ones. One record becomes one response tree.
+
+    ``spans`` are character ranges of ``chosen`` that differ from any rejected answer. Pairs go by the ``chosen_spans``
+    of their rejected answer; a record in which none has them (made elsewhere, one rejected answer) goes by ``spans``.
+    """
 
     id: str
     video: str
@@ -77,6 +83,10 @@ class PreferenceRecord:
     @staticmethod
     def from_row(row: dict[str, Any]) -> PreferenceRecord:
         return PreferenceRecord(**{**row, "rejected": [Rejected(**x) for x in row["rejected"]]})
+
+    def spans_for(self, rejected: Rejected) -> list[list[int]]:
+        """Character ranges of ``chosen`` that differ from this rejected answer."""
+        return rejected.chosen_spans if any(x.chosen_spans for x in self.rejected) else self.spans
 
     def content_digest(self) -> str:
         """Of everything that reaches the model; independent of ids and provenance."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from tempo_fast.generation import AnswerCache, Request
-from tempo_fast.pairs.prompts import AGGREGATE_PROMPT
+from tempo_fast.prompts import AGGREGATE_PROMPT
 
 _CLIP = re.compile(r"\b(c)lip\s+([12])\b", re.IGNORECASE)
 

@@ -1,7 +1,8 @@
 """Preference pairs from curated videos: captions, perturbations, descriptions, filters, records, audit.
 
-The chosen answer tells the clips in order; each rejected answer tells them perturbed. Rules as coded by the TEMPLE
-authors (arXiv 2503.16929), with the two switches ``perturb_on`` and ``instruction`` of PairsConfig.
+The chosen answer tells the clips in order; each rejected answer tells them perturbed, and both are made by the same
+procedure. Rules as coded by the TEMPLE authors (arXiv 2503.16929), with the switches ``perturb_on``, ``frames_answer``
+and ``instruction`` of PairsConfig.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from tempo_fast.generation import AnswerCache, Engine, Request
 from tempo_fast.pairs.aggregate import aggregate
 from tempo_fast.pairs.captions import Captioner
 from tempo_fast.pairs.filters import Tally, coinciding, reject_reason
-from tempo_fast.pairs.prompts import VIDEO_PROMPTS, draw_prompt
 from tempo_fast.pairs.spans import differing_spans, union
 from tempo_fast.perturb import ClipOrder, perturb
+from tempo_fast.prompts import VIDEO_PROMPTS, draw_prompt
 from tempo_fast.schema import Clips, PreferenceRecord, Rejected
 
 Records = dict[int, list[PreferenceRecord]]
@@ -30,13 +31,14 @@ Records = dict[int, list[PreferenceRecord]]
 
 @dataclass
 class _Draw:
-    """One perturbation of one video, on its way to a rejected answer."""
+    """One perturbation of one video, on its way to a pair of answers."""
 
     video: int
     kind: str
     r: int
     prompt: str
     order: ClipOrder | None
+    chosen: str | None = None
     text: str | None = None
 
 
@@ -86,8 +88,8 @@ def make_pairs(
 ) -> tuple[Records, dict[str, Any]]:
     """Make one record per video and r (``instruction: per_video``) or per video, r and kind (``per_pair``).
 
-    Writes ``captions.jsonl`` (answers, append-only: what makes it resumable), ``r<r>.jsonl`` and ``audit.json`` below
-    ``out``. The same videos, engine, config and seed give the same bytes, interrupted or not.
+    Writes ``captions.jsonl`` (answers, append-only: what makes it resumable), ``audit.json`` and, when there is a pair,
+    ``r<r>.jsonl`` below ``out``. The same videos, engine, config and seed give the same bytes, interrupted or not.
 
     Args:
         videos: curated videos (schema.Clips).
@@ -113,10 +115,11 @@ def make_pairs(
     captioner = Captioner(engine, reader, config, cache, failed)
     pool = PromptPool(prompts)
 
-    clean = captioner.captions([(v, range(len(v.clips))) for v in videos], "captions")
+    whole = config.perturb_on == "frames" and config.frames_answer == "video"
+    clean: Sequence[list[str] | None] = [[] for _ in videos]
+    if not whole:
+        clean = captioner.captions([(v, range(len(v.clips))) for v in videos], "captions")
     known = [i for i, c in enumerate(clean) if c is not None]
-    told = aggregate(config.aggregate, [clean[i] or [] for i in known], cache, "chosen")
-    chosen = dict(zip(known, told, strict=True))
     draws = [
         draw
         for i in known
@@ -124,7 +127,15 @@ def make_pairs(
         for kind in config.kinds
         for draw in [_draw(i, videos[i], clean[i] or [], kind, r, config, pool, seed)]
     ]
-    _answer(draws, videos, clean, config, captioner)
+    live = [d for d in draws if d.order is not None]
+    if whole:
+        _caption_whole(live, videos, captioner)
+    else:
+        told = aggregate(config.aggregate, [clean[i] or [] for i in known], cache, "chosen")
+        chosen = dict(zip(known, told, strict=True))
+        for draw in live:
+            draw.chosen = chosen[draw.video]
+        _tell_perturbed(live, videos, clean, config, captioner)
 
     tallies = {(r, kind): Tally() for r in config.r for kind in config.kinds}
     provenance = {
@@ -138,7 +149,7 @@ def make_pairs(
             mine = [d for d in draws if d.video == i and d.r == r]
             groups = [mine] if config.instruction == "per_video" else [[d] for d in mine]
             for group in groups:
-                record = _record(videos[i], chosen[i], group, config, tallies, provenance)
+                record = _record(videos[i], group, config, tallies, provenance)
                 if record is not None:
                     records[r].append(record)
 
@@ -150,11 +161,11 @@ def make_pairs(
         "coincide": coinciding([len(videos[i].clips) for i in known], config.r),
         "stats": {str(r): {kind: tallies[r, kind].row() for kind in config.kinds} for r in config.r},
     }
-    for r, rows in records.items():
-        write_jsonl(out / f"r{r}.jsonl", rows)
     write_json(out / "audit.json", audit)
     if not any(records.values()):
         raise InputError(f"{out / 'audit.json'}: no pair is left of {len(videos)} videos, 'stats' and 'failed' say why")
+    for r, rows in records.items():
+        write_jsonl(out / f"r{r}.jsonl", rows)
     return records, audit
 
 
@@ -169,68 +180,91 @@ def _draw(
     return _Draw(index, kind, r, pool.draw(video.video, *key), order)
 
 
-def _answer(
-    draws: list[_Draw],
+def _caption_whole(draws: Sequence[_Draw], videos: Sequence[Clips], captioner: Captioner) -> None:
+    """Fill in both answers, each one caption of a whole video under the draw's instruction: its clips in order, and
+    perturbed. The clean video goes the way of the perturbed one, so that nothing but the order tells them apart."""
+    groups: list[list[Request] | None] = []
+    for draw in draws:
+        video = videos[draw.video]
+        try:
+            groups.append(
+                [
+                    Request((captioner.reader.plan_clips(video.video, [_range(video, i) for i in order]),), draw.prompt)
+                    for order in (range(len(video.clips)), draw.order.order if draw.order else ())
+                ]
+            )
+        except InputError as e:
+            captioner.fail(video, str(e))
+            groups.append(None)
+    shown = [videos[d.video] for d in draws]
+    for draw, texts in zip(draws, captioner.ask(shown, groups, "whole videos"), strict=True):
+        if texts is None:
+            continue
+        draw.chosen, draw.text = (" ".join(t.split()) for t in texts)
+        if not draw.chosen:
+            captioner.fail(videos[draw.video], "the model gave no caption of the whole video")
+    for draw in draws:
+        if captioner.is_failed(videos[draw.video]):
+            draw.chosen = draw.text = None
+
+
+def _range(video: Clips, index: int) -> tuple[int, int]:
+    return video.clips[index].start_frame, video.clips[index].end_frame
+
+
+def _tell_perturbed(
+    draws: Sequence[_Draw],
     videos: Sequence[Clips],
     clean: Sequence[list[str] | None],
     config: PairsConfig,
     captioner: Captioner,
 ) -> None:
-    """Fill in the texts of all draws that are perturbations."""
-    live = [d for d in draws if d.order is not None]
-    jobs = [(videos[d.video], d.order.order if d.order else ()) for d in live]
-    if config.perturb_on == "frames" and config.frames_answer == "video":
-        groups: list[list[Request] | None] = []
-        for draw, (video, order) in zip(live, jobs, strict=True):
-            ranges = [(video.clips[i].start_frame, video.clips[i].end_frame) for i in order]
-            try:
-                groups.append([Request((captioner.reader.plan_clips(video.video, ranges),), draw.prompt)])
-            except InputError as e:
-                captioner.fail(video, str(e))
-                groups.append(None)
-        for draw, texts in zip(live, captioner.ask([v for v, _ in jobs], groups, "perturbed videos"), strict=True):
-            draw.text = " ".join(texts[0].split()) if texts else None
-        return
+    """Fill in the rejected answers: captions of the windows in perturbed order, or the clean ones perturbed, told."""
+    orders = [d.order.order if d.order else () for d in draws]
     told: list[list[str] | None]
     if config.perturb_on == "frames":
+        jobs = [(videos[d.video], order) for d, order in zip(draws, orders, strict=True)]
         told = captioner.captions(jobs, "perturbed clips")
     else:
-        told = [[(clean[d.video] or [])[i] for i in order] for d, (_, order) in zip(live, jobs, strict=True)]
-    usable = [(d, c) for d, c in zip(live, told, strict=True) if c is not None]
-    texts_of = aggregate(config.aggregate, [c for _, c in usable], captioner.cache, "rejected")
-    for (draw, _), text in zip(usable, texts_of, strict=True):
+        told = [[(clean[d.video] or [])[i] for i in order] for d, order in zip(draws, orders, strict=True)]
+    usable = [(d, c) for d, c in zip(draws, told, strict=True) if c is not None]
+    texts = aggregate(config.aggregate, [c for _, c in usable], captioner.cache, "rejected")
+    for (draw, _), text in zip(usable, texts, strict=True):
         draw.text = text
 
 
 def _record(
     video: Clips,
-    chosen: str,
     draws: Sequence[_Draw],
     config: PairsConfig,
     tallies: dict[tuple[int, str], Tally],
     provenance: dict[str, Any],
 ) -> PreferenceRecord | None:
     rejected: list[Rejected] = []
-    spans = []
+    chosen = ""
     for draw in draws:
         tally = tallies[draw.r, draw.kind]
         if draw.order is None:
             tally.filtered["identity"] += 1
             continue
-        if draw.text is None:
+        if draw.text is None or draw.chosen is None:
             tally.filtered["video_failed"] += 1
             continue
+        chosen = draw.chosen  # one instruction, hence one chosen answer, for all draws of a record
         reason = reject_reason(chosen, draw.text, draw.kind, config.max_length_ratio)
         if reason is None and any(draw.text == other.text for other in rejected):
             reason = "duplicate"
+        of_chosen, of_rejected = differing_spans(chosen, draw.text)
+        if reason is None and not (of_chosen or of_rejected):
+            reason = "equal_to_chosen"  # but for white space
         if reason is not None:
             tally.filtered[reason] += 1
             continue
-        of_chosen, of_rejected = differing_spans(chosen, draw.text)
         order = draw.order
-        one = Rejected(draw.text, draw.kind, draw.r, list(order.order), order.broken, order.kept, of_rejected)
+        one = Rejected(
+            draw.text, draw.kind, draw.r, list(order.order), order.broken, order.kept, of_rejected, of_chosen
+        )
         rejected.append(one)
-        spans.append(of_chosen)
         tally.add(chosen, one)
     if not rejected:
         return None
@@ -242,6 +276,6 @@ def _record(
         chosen=chosen,
         rejected=rejected,
         r=draws[0].r,
-        spans=union(spans),
+        spans=union(x.chosen_spans for x in rejected),
         provenance={**provenance, "video_digest": video.digest, "clips": len(video.clips)},
     )

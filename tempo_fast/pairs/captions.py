@@ -7,14 +7,13 @@ windows of an order are (first,), (first, second), (second, third), ...
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tempo_fast.config import PairsConfig
 from tempo_fast.errors import InputError
 from tempo_fast.generation import AnswerCache, Engine, Request
 from tempo_fast.pairs.aggregate import clean_caption
-from tempo_fast.pairs.prompts import CLIP_PROMPT, WINDOW_PROMPT
+from tempo_fast.prompts import CLIP_PROMPT, WINDOW_PROMPT
 from tempo_fast.schema import Clips
 
 Window = tuple[int, ...]
@@ -100,29 +99,3 @@ class Captioner:
 
     def is_failed(self, clips: Clips) -> bool:
         return any(f["video"] == clips.video for f in self.failed)
-
-
-def caption_videos(
-    videos: Sequence[Clips],
-    engine: Engine,
-    reader: Any,
-    config: PairsConfig,
-    cache_path: str | Path,
-    failed: list[dict[str, str]] | None = None,
-) -> dict[str, list[str]]:
-    """One caption per clip of every video, in order; resumable.
-
-    Args:
-        videos: curated videos.
-        cache_path: JSON lines of answers already given; grows.
-        failed: unreadable videos are appended as {"video", "reason"}.
-
-    Returns:
-        video -> captions, without the videos that failed.
-
-    Raises:
-        InputError: the engine fails, or the file cannot be written.
-    """
-    captioner = Captioner(engine, reader, config, AnswerCache(cache_path, engine), [] if failed is None else failed)
-    found = captioner.captions([(v, range(len(v.clips))) for v in videos], "captions")
-    return {v.video: c for v, c in zip(videos, found, strict=True) if c is not None}

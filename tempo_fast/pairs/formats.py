@@ -15,7 +15,7 @@ from typing import Any
 
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, read_jsonl, write_jsonl
-from tempo_fast.pairs.spans import Span
+from tempo_fast.pairs.spans import Span, union
 from tempo_fast.schema import PreferenceRecord, Rejected, read_records
 
 VIDEO_TAG = "<video>"
@@ -62,19 +62,21 @@ def read_pairs(
         own = row.get("tempo_fast") or {}
         try:
             key = str(own.get("id") or digest([video, prompt, chosen])[:16])
-            given = {"kind": "given", "r": r, "spans": rejected_spans, **own.get("rejected", {})}
+            given = {"kind": "given", "r": r, "spans": rejected_spans, "chosen_spans": spans, **own.get("rejected", {})}
             rejected = Rejected(**{**given, "text": text})
             extra = own.get("record", {})
             record = found.setdefault(
                 key,
                 PreferenceRecord(
                     id=key, video=video, prompt=prompt, chosen=chosen, rejected=[], r=extra.get("r", r),
-                    spans=extra.get("spans", spans), provenance=extra.get("provenance", {}),
+                    spans=extra.get("spans", []), provenance=extra.get("provenance", {}),
                 ),
             )  # fmt: skip
         except (TypeError, AttributeError) as e:
             raise InputError(f"{where}: field 'tempo_fast' is not what this program writes ({e})") from e
         record.rejected.append(rejected)
+        if "spans" not in extra:
+            record.spans = union([record.spans, spans])
     if not found:
         raise InputError(f"{path}: holds no record")
     return list(found.values())
@@ -233,7 +235,7 @@ def _to_rrpo(record: PreferenceRecord, rejected: Rejected) -> Row:
         "question": record.prompt,
         "answer": record.chosen,
         "pred": rejected.text,
-        "answer_masked": mask(record.chosen, record.spans),
+        "answer_masked": mask(record.chosen, record.spans_for(rejected)),
         "pred_masked": mask(rejected.text, rejected.spans),
     }
 

@@ -39,8 +39,10 @@ class Branch:
 class ResponseTree:
     """One record as the model sees it.
 
-    ``plans`` are the videos of the prompt's visual slots in order. ``unaligned`` lists (branch, span number from 1) of
-    the spans that cover no token.
+    ``plans`` are the videos of the prompt's visual slots in order. ``pair_spans`` holds, for each branch after the
+    first, a mark per token of branch 0 (0, or the number of a span of this pair); empty when pairs have no spans of
+    their own. ``unaligned`` lists (branch, span number from 1) of the spans that cover no token, those of
+    ``pair_spans`` under branch 0.
     """
 
     id: str
@@ -48,6 +50,7 @@ class ResponseTree:
     branches: list[Branch]
     plans: list[Any] = field(default_factory=list)
     unaligned: list[tuple[int, int]] = field(default_factory=list)
+    pair_spans: list[list[int]] = field(default_factory=list)
 
     @property
     def n_tokens(self) -> int:
@@ -69,6 +72,7 @@ def build_tree(
     prompt_text: str,
     answers: Sequence[str],
     spans: Sequence[Sequence[Sequence[int]]] | None = None,
+    pair_spans: Sequence[Sequence[Sequence[int]]] | None = None,
     plans: Sequence[Any] = (),
 ) -> ResponseTree:
     """Tokenise one record.
@@ -82,6 +86,7 @@ def build_tree(
         answers: one text per branch.
         spans: per answer, character ranges [start, end) of its text; a token that touches a range belongs to it, the
             first range where it touches two.
+        pair_spans: per answer after the first, the ranges of the first answer that belong to this pair.
         plans: the videos, each with ``.key`` and ``.grid``; empty for a text-only record.
 
     Raises:
@@ -91,20 +96,27 @@ def build_tree(
         raise InputError(f"record {id}: field 'chosen' holds no answer")
     if spans is not None and len(spans) != len(answers):
         raise InputError(f"record {id}: field 'spans' has {len(spans)} lists for {len(answers)} answers")
+    if pair_spans is not None and len(pair_spans) != len(answers) - 1:
+        raise InputError(f"record {id}: {len(pair_spans)} lists of chosen spans, {len(answers) - 1} rejected answers")
     prompt = family.build_prompt(tokenizer, hf_config, prompt_text, [Grid(*p.grid) for p in plans])
     branches: list[Branch] = []
     unaligned: list[tuple[int, int]] = []
+
+    def marks_of(i: int, ids: Sequence[int], ranges: Sequence[Sequence[int]]) -> list[int]:
+        if not ranges:
+            return [0] * len(ids)
+        marks = align_spans(tokenizer, answers[i], ids, ranges, where=f"record {id}: answer {i}")
+        unaligned.extend((i, n) for n in range(1, len(ranges) + 1) if n not in marks)
+        return marks
+
     ending = len(family.answer_ids(tokenizer, ""))
     for i, answer in enumerate(answers):
         ids = family.answer_ids(tokenizer, answer)
         if not answer.strip() or len(ids) <= ending:
             raise InputError(f"record {id}: answer {i} is empty (a response of zero tokens)")
-        marks = [0] * len(ids)
-        if spans is not None and spans[i]:
-            marks = align_spans(tokenizer, answer, ids, spans[i], where=f"record {id}: answer {i}")
-            unaligned += [(i, n) for n in range(1, len(spans[i]) + 1) if n not in marks]
-        branches.append(Branch(ids, marks))
-    return ResponseTree(id, prompt, branches, list(plans), unaligned)
+        branches.append(Branch(ids, marks_of(i, ids, spans[i] if spans is not None else ())))
+    of_pairs = [marks_of(0, branches[0].input_ids, ranges) for ranges in pair_spans or ()]
+    return ResponseTree(id, prompt, branches, list(plans), unaligned, of_pairs)
 
 
 def align_spans(

@@ -13,14 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tempo_fast.config import PairsConfig
 from tempo_fast.errors import InputError
+from tempo_fast.generation import AnswerCache
 from tempo_fast.pairs.aggregate import clean_caption, join_captions
 from tempo_fast.pairs.build import make_pairs
-from tempo_fast.pairs.captions import caption_videos, windows_of
+from tempo_fast.pairs.captions import Captioner, windows_of
 from tempo_fast.pairs.filters import coinciding, reject_reason
-from tempo_fast.pairs.prompts import CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT
+from tempo_fast.pairs.spans import differing_spans
+from tempo_fast.prompts import CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT
 from tempo_fast.schema import Clip, Clips, PreferenceRecord, read_records
 
 THINGS = ["A red circle moves left.", "A blue ring grows.", "A green cross appears.", "A white square shrinks."]
@@ -95,8 +99,9 @@ VIDEOS = [video("a.mp4", 6), video("b.mp4", 17), video("c.mp4", 4)]
 def test_windows_and_captions(tmp_path):
     assert windows_of([3, 0, 2]) == [(3,), (3, 0), (0, 2)]
     engine = Scripted()
-    got = caption_videos(VIDEOS, engine, ClipReader(), CONFIG, tmp_path / "c.jsonl")
-    assert got == {v.video: [say(i) for i in range(len(v.clips))] for v in VIDEOS}
+    captioner = Captioner(engine, ClipReader(), CONFIG, AnswerCache(tmp_path / "c.jsonl", engine), [])
+    got = captioner.captions([(v, range(len(v.clips))) for v in VIDEOS], "captions")
+    assert got == [[say(i) for i in range(len(v.clips))] for v in VIDEOS]
     shown = [[p.clips[0] for p in r.plans] for r in engine.asked[:6]]
     assert shown == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
     assert [r.prompt for r in engine.asked[:2]] == [CLIP_PROMPT, WINDOW_PROMPT]
@@ -141,6 +146,8 @@ def test_records(tmp_path, on, answer):
                 assert y.r == r and 0 < y.broken <= 1
                 assert y.kept == len(y.order) / n
                 assert y.spans or y.kind == "drop"
+                assert (y.chosen_spans, y.spans) == differing_spans(x.chosen, y.text)
+                assert all(span in x.spans for span in y.chosen_spans)
             assert x.spans and all(0 <= s < e <= len(x.chosen) for s, e in x.spans)
             assert x.provenance["engine"]["model"] == "m0" and x.provenance["seed"] == 3
     assert audit == json.loads((tmp_path / "audit.json").read_text())
@@ -167,6 +174,81 @@ def test_frames_mode_captions_the_perturbed_windows(tmp_path):
     assert shown == [(0,), *((i, i + 1) for i in range(5)), (5,), *((i, i - 1) for i in range(5, 0, -1))]
 
 
+@pytest.mark.parametrize("instruction", ["per_video", "per_pair"])
+def test_video_answers_are_made_the_same_way_on_both_sides(tmp_path, instruction):
+    """One request each for the whole video and the perturbed one, same instruction; no captions of clips."""
+
+    class Whole(Scripted):
+        def _answer(self, r):
+            return f"{r.prompt} {super()._answer(r)}"
+
+    engine = Whole()
+    config = replace(CONFIG, perturb_on="frames", frames_answer="video", instruction=instruction)
+    many = [video(f"{i}.mp4", 6 + i) for i in range(4)]
+    records, _ = make_pairs(many, engine, ClipReader(), config, tmp_path)
+    assert sum(map(len, records.values())) >= 12
+    whole = {v.video: tuple(range(len(v.clips))) for v in many}
+    asked = {(r.prompt, r.plans[0].video, r.plans[0].clips) for r in engine.asked}
+    assert {r.prompt for r in engine.asked} <= set(VIDEO_PROMPTS) and all(len(r.plans) == 1 for r in engine.asked)
+    for rows in records.values():
+        for x in rows:
+            assert (x.prompt, x.video, whole[x.video]) in asked
+            for text, order in [(x.chosen, whole[x.video]), *((y.text, y.order) for y in x.rejected)]:
+                assert text == f"{x.prompt} " + " ".join(say(i) for i in order)
+    clean = [r for r in engine.asked if r.plans[0].clips == whole[r.plans[0].video]]
+    assert len(clean) == len({(r.prompt, r.plans[0].video) for r in clean})  # asked once for all kinds and stages
+    assert (len(clean) == len(many)) == (instruction == "per_video")
+
+
+def test_a_video_of_which_nothing_is_said_is_left_out(tmp_path):
+    class Mute(Scripted):
+        def _answer(self, r):
+            return "" if r.plans[0].video == "b.mp4" else super()._answer(r)
+
+    whole = replace(CONFIG, perturb_on="frames", frames_answer="video")
+    for name, config in {"windows": CONFIG, "video": whole}.items():
+        records, audit = make_pairs(VIDEOS, Mute(), ClipReader(), config, tmp_path / name)
+        assert {x.video for rows in records.values() for x in rows} == {"a.mp4", "c.mp4"}
+        (failed,) = audit["failed"]
+        assert failed["video"] == "b.mp4" and "no caption" in failed["reason"]
+
+
+def test_texts_that_differ_in_white_space_alone_are_no_pair(tmp_path):
+    """Every pair carries spans: where no sentence differs there is nothing to prefer."""
+
+    class Spaces(Scripted):
+        def _answer(self, r):
+            self.count = getattr(self, "count", 0) + 1
+            clean = sum(len(v.clips) for v in VIDEOS)
+            return "The same." if self.count <= clean else "The  same."
+
+    config = replace(CONFIG, perturb_on="frames", kinds=["shuffle"])
+    with pytest.raises(InputError, match="no pair is left"):
+        make_pairs(VIDEOS, Spaces(), ClipReader(), config, tmp_path)
+    stats = json.loads((tmp_path / "audit.json").read_text())["stats"]
+    assert all(row["shuffle"]["filtered"] == {"equal_to_chosen": 3} for row in stats.values())
+
+
+WORDS = st.lists(st.sampled_from(["A b.", "c", "D?", "e.\n", " f", "3.5", '"g."']), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(WORDS.map(" ".join), min_size=2, max_size=9), on=st.sampled_from(["captions", "frames"]))
+def test_every_pair_carries_spans(tmp_path_factory, texts, on):
+    class Says(Scripted):
+        def _answer(self, r):
+            self.count = getattr(self, "count", 0) + 1
+            return texts[self.count % len(texts)]
+
+    config = replace(CONFIG, perturb_on=on, r=[8, 2], max_length_ratio=99.0)
+    try:
+        records, _ = make_pairs(VIDEOS[:1], Says(), ClipReader(), config, tmp_path_factory.mktemp("spans"))
+    except InputError:
+        return
+    for x in [x for rows in records.values() for x in rows]:
+        assert all(x.spans_for(y) or y.spans for y in x.rejected)
+
+
 def test_per_pair_draws_an_instruction_for_each(tmp_path):
     many = [video(f"{i}.mp4", 8) for i in range(10)]
     config = replace(CONFIG, instruction="per_pair")
@@ -191,6 +273,7 @@ def test_identity_is_by_caption_or_by_scene(tmp_path):
 
     with pytest.raises(InputError, match="no pair is left"):
         make_pairs(VIDEOS, Same(), ClipReader(), replace(CONFIG, kinds=["shuffle", "reverse"]), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit.json", "captions.jsonl"]  # no file without records
     stats = json.loads((tmp_path / "audit.json").read_text())["stats"]
     assert all(s["filtered"] == {"identity": 3} for row in stats.values() for s in row.values())
     # frames: scenes a b c b a reversed are the same

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tempo_fast.errors import InputError
 from tempo_fast.pairs.formats import FORMATS, mask, read_pairs, unmask, write_pairs
-from tempo_fast.pairs.spans import differing_spans
+from tempo_fast.pairs.spans import differing_spans, union
 from tempo_fast.schema import PreferenceRecord, Rejected
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="<>\r"), min_size=1).filter(lambda s: s.strip())
@@ -18,10 +18,10 @@ text = st.text(st.characters(codec="utf-8", exclude_characters="<>\r"), min_size
 
 def record(i=0, chosen="A red circle moves left. It grows. Ends.", texts=("It grows. Ends.", "Ends. It grows.")):
     rejected = [
-        Rejected(t, kind, 8, [1, 2], 0.5, 0.25, differing_spans(chosen, t)[1])
+        Rejected(t, kind, 8, [1, 2], 0.5, 0.25, *differing_spans(chosen, t)[::-1])
         for t, kind in zip(texts, ("drop", "shuffle", "reverse"), strict=False)
     ]
-    spans = differing_spans(chosen, texts[0])[0]
+    spans = union(x.chosen_spans for x in rejected)
     return PreferenceRecord(f"v{i}/r8", f"dir/v {i}.mp4", "Tell it.", chosen, rejected, 8, spans, {"seed": i, "x": "é"})
 
 
@@ -60,7 +60,9 @@ def test_rows_of_others_become_trees(tmp_path, fmt):
     assert [y.text for x in got for y in x.rejected] == [y.text for x in (record(0), record(1)) for y in x.rejected]
     if fmt == "rrpo":
         assert [x.spans for x in got] == [record(0).spans] * 2
-        assert got[0].rejected[1].spans == record(0).rejected[1].spans
+        assert [y.spans for y in got[0].rejected] == [y.spans for y in record(0).rejected]
+        assert [y.chosen_spans for y in got[0].rejected] == [y.chosen_spans for y in record(0).rejected]
+        assert got[0].rejected[0].chosen_spans != got[0].rejected[1].chosen_spans  # each row marks for its own pair
 
 
 def test_trl_row_as_trl_documents_it(tmp_path):

@@ -59,6 +59,22 @@ def test_spans_that_cover_no_token_are_reported(tiny: Any) -> None:
     assert tree.unaligned == [(0, 2), (1, 1)]
 
 
+def test_each_pair_has_marks_of_its_own_on_the_chosen_branch(tiny: Any) -> None:
+    text = "A red circle moves left. Then a blue square grows."
+    left, right = [2, 12], [32, 43]
+    tree = build(tiny, [text, "x", "y", "z"], pair_spans=[[left], [left, right], []])
+    assert tree.branches[0].spans == [0] * len(tree.branches[0].input_ids)
+    for marks, ranges in zip(tree.pair_spans, ([left], [left, right], []), strict=True):
+        assert marks == build(tiny, [text], spans=[ranges]).branches[0].spans
+    assert set(tree.pair_spans[1]) == {0, 1, 2} and tree.unaligned == []
+    assert build(tiny, [text, "x"]).pair_spans == []
+    assert build(tiny, [text, "x"], pair_spans=[[[1, 2]]]).unaligned == [(0, 1)]  # a space alone
+    with pytest.raises(InputError, match="record rec7: answer 0: span"):
+        build(tiny, [text, "x"], pair_spans=[[[0, 99]]])
+    with pytest.raises(InputError, match="record rec7: 2 lists of chosen spans, 1 rejected"):
+        build(tiny, [text, "x"], pair_spans=[[], []])
+
+
 @pytest.mark.parametrize("span", [[-1, 2], [3, 1], [0, 99], [1]])
 def test_spans_outside_the_answer_are_refused(tiny: Any, span: list[int]) -> None:
     with pytest.raises(InputError, match="record rec7: answer 0: span"):

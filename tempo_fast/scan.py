@@ -8,10 +8,9 @@ from typing import Any
 
 from tempo_fast.config import VideoConfig
 from tempo_fast.files import write_jsonl
-from tempo_fast.models.family import VideoGeometry
-from tempo_fast.models.qwen2_vl import CLIP_MEAN, CLIP_STD
+from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, VideoGeometry
 
-QWEN2_VL = VideoGeometry(patch=14, merge=2, temporal=2, mean=CLIP_MEAN, std=CLIP_STD, sampling="qwen_vl_utils")
+QWEN2_VL = VideoGeometry(patch=14, merge=2, temporal=2, mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def scan_video(path: str | Path, reader: Any, *, decode: bool = True) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tempo_fast.models.family import Grid, Prompt
 from tempo_fast.models.load import Bundle
-from tempo_fast.models.qwen2_vl import unwrap
+from tempo_fast.runtime.head import gathered_head
 from tempo_kernels.head import head_statistics
 
 # keys and values of this many tokens are held at once, prefix included
@@ -103,22 +103,12 @@ def common_prefix(prompts: Sequence[Prompt]) -> int:
 
 def _prefix(bundle: Bundle, prompt: Prompt, cut: int, visual: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [1, heads, C, d] of every layer."""
-    from transformers import DynamicCache
-
     if cut == 0:
         return []
-    model: Any = unwrap(bundle.model)
-    cache = DynamicCache(config=model.config.get_text_config())
-    ids = prompt.input_ids[None, :cut].to(bundle.device)
-    embeds = model.get_input_embeddings()(ids)
-    if visual is not None:
-        embeds = embeds.masked_scatter(prompt.visual[None, :cut, None].to(bundle.device), visual.to(embeds))
-    model.model(
-        inputs_embeds=embeds,
-        position_ids=prompt.position_ids[:, None, :cut].to(bundle.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    cache = bundle.family.new_cache(bundle.model)
+    ids, positions = prompt.input_ids[None, :cut], prompt.position_ids[:, None, :cut]
+    ids, positions, slots = (x.to(bundle.device) for x in (ids, positions, prompt.visual[None, :cut]))
+    bundle.family.hidden_states(bundle.model, ids, positions, None, slots, visual, cache)
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 
@@ -137,9 +127,7 @@ def _buckets(rows: Sequence[_Row], cut: int) -> list[list[_Row]]:
 
 
 def _rows(bundle: Bundle, rows: Sequence[_Row], cut: int, shared: Sequence[tuple[Tensor, Tensor]]) -> list[Score]:
-    from transformers import DynamicCache
-
-    model: Any = unwrap(bundle.model)
+    family, model, device = bundle.family, bundle.model, bundle.device
     n, longest = len(rows), max(len(r.ids) for r in rows)
     ids = torch.zeros((n, longest), dtype=torch.long)
     positions = torch.zeros((3, n, longest), dtype=torch.long)
@@ -152,20 +140,13 @@ def _rows(bundle: Bundle, rows: Sequence[_Row], cut: int, shared: Sequence[tuple
         start = length - row.n_answer
         where += [i * longest + t - 1 for t in range(start, length)]
         labels += row.ids[start:]
-    cache = DynamicCache(config=model.config.get_text_config())
+    cache = family.new_cache(model)
     for layer, (keys, values) in enumerate(shared):
         cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), layer)
-    hidden = model.model(
-        inputs_embeds=model.get_input_embeddings()(ids.to(bundle.device)),
-        position_ids=positions.to(bundle.device),
-        attention_mask=mask.to(bundle.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    picked = hidden.flatten(0, 1)[torch.tensor(where, device=bundle.device)]
-    head: Any = bundle.family.head(bundle.model)
-    logp = head_statistics(
-        picked, head.weight, torch.tensor(labels, device=bundle.device), bias=getattr(head, "bias", None), kl=False
-    ).logp
+    ids, positions, mask = (x.to(device) for x in (ids, positions, mask))
+    hidden = family.hidden_states(model, ids, positions, mask, torch.zeros_like(ids, dtype=torch.bool), None, cache)
+    picked = hidden.flatten(0, 1)[torch.tensor(where, device=device)]
+    with gathered_head(family.head(model)) as weight:
+        logp = head_statistics(picked, weight, torch.tensor(labels, device=device), kl=False).logp
     parts = logp.double().cpu().split([r.n_answer for r in rows])
     return [Score(float(p.sum()), len(p)) for p in parts]

@@ -17,7 +17,6 @@ from tempo_fast.generation.base import Request, request_identity, sampling_prove
 from tempo_fast.generation.prefetch import by_video, shared_reader
 from tempo_fast.models.family import Grid, Prompt
 from tempo_fast.models.load import Bundle
-from tempo_fast.models.qwen2_vl import unwrap
 from tempo_fast.runtime.progress import progress
 from tempo_fast.trees.vision import FeatureCache
 
@@ -40,10 +39,10 @@ class TransformersEngine:
         self.features = features if features is not None else FeatureCache()
 
     def provenance(self) -> dict[str, Any]:
-        """Engine, weights, adapter weights if any, dtype and sampling parameters."""
+        """Engine, checkpoint, adapter weights if any, dtype and sampling parameters."""
         return {
             "engine": "transformers",
-            "model": self.bundle.weights_digest,
+            "model": self.bundle.digest,
             "adapter": adapter_digest(self.bundle.model),
             "dtype": str(self.bundle.dtype).removeprefix("torch."),
             **sampling_provenance(self.config, self.seed),
@@ -97,14 +96,12 @@ class TransformersEngine:
         from transformers import LogitsProcessorList
 
         b, device = self.bundle, self.bundle.device
-        model: Any = unwrap(b.model)
+        model = b.family.generate_model(b.model)
         pad = b.tokenizer.pad_token_id if b.tokenizer.pad_token_id is not None else b.tokenizer.eos_token_id
         ids, positions, mask, visual = (x.to(device) for x in left_pad(prompts, pad))
-        embeds = model.get_input_embeddings()(ids)
         plans = [plan for r in requests for plan in r.plans]
         features = self.features.features(b.family, b.model, self.reader, plans)
-        if features is not None:
-            embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
+        embeds = b.family.embed(b.model, ids, visual, features)
         limits = [r.max_new_tokens or self.config.max_new_tokens for r in requests]
         stops = stop_tokens(b)
         processors = LogitsProcessorList()
@@ -175,7 +172,8 @@ def left_pad(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor, Tenso
 
 def stop_tokens(bundle: Bundle) -> list[int]:
     """The end of the turn, and whatever else the checkpoint's generation config stops at."""
-    configured = getattr(getattr(unwrap(bundle.model), "generation_config", None), "eos_token_id", None)
+    model = bundle.family.generate_model(bundle.model)
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     extra = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({bundle.family.answer_ids(bundle.tokenizer, "")[-1], *(int(t) for t in extra)})
 

@@ -46,13 +46,13 @@ class VLLMEngine:
         )
 
     def provenance(self) -> dict[str, Any]:
-        """Engine and its version, weights, dtype and sampling parameters."""
+        """Engine and its version, checkpoint, dtype and sampling parameters."""
         import vllm
 
         return {
             "engine": "vllm",
             "version": vllm.__version__,
-            "model": self.bundle.weights_digest,
+            "model": self.bundle.digest,
             "dtype": str(self.bundle.dtype).removeprefix("torch."),
             **sampling_provenance(self.config, self.seed),
         }

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+# OpenAI CLIP's normalisation, which the processors of several families use
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class Grid(NamedTuple):
     """Patches of one video in time, height and width (transformers' ``video_grid_thw``)."""
@@ -30,7 +34,6 @@ class VideoGeometry:
     temporal: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    sampling: str
 
     @property
     def factor(self) -> int:
@@ -65,8 +68,19 @@ class Prompt:
         return int(self.position_ids.max()) + 1
 
 
+def unwrap(model: Any) -> Any:
+    """The transformers model inside peft and engine wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "module") and isinstance(model.module, nn.Module):
+            model = model.module
+        else:
+            return model
+
+
 class Family(Protocol):
-    """One instance per family; stateless."""
+    """One instance per family; stateless. A ``model`` may stand inside peft and engine wrappers."""
 
     name: str
     lora_targets: str
@@ -94,6 +108,11 @@ class Family(Protocol):
         """One vision call for all videos: pixel_values [P, C*t*p*p] -> features [G, D]."""
         ...
 
+    def embed(self, model: nn.Module, input_ids: Tensor, visual: Tensor, features: Tensor | None) -> Tensor:
+        """input_ids [B, T], visual [B, T] bool, features [G, D] in reading order or None -> what enters the language
+        model, [B, T, D]."""
+        ...
+
     def hidden_states(
         self,
         model: nn.Module,
@@ -102,9 +121,23 @@ class Family(Protocol):
         attention_mask: Tensor | None,
         visual: Tensor,
         features: Tensor | None,
+        cache: Any | None = None,
     ) -> Tensor:
-        """input_ids [B, T], position_ids [3, B, T], additive or bool 4-D mask [B, 1, T, T] or None (causal),
-        visual [B, T] bool, features [G, D] in reading order -> last hidden states [B, T, D], before the head."""
+        """input_ids [B, T], position_ids [3, B, T], visual [B, T] bool, features [G, D] in reading order -> last hidden
+        states [B, T, D], before the head.
+
+        ``attention_mask``: additive or bool [B, 1, T, T], or None (causal). With a ``cache`` (``new_cache``) that holds
+        C positions the T tokens come after them and are appended; the mask is then [B, C + T] of 1 and 0 (padding), or
+        None.
+        """
+        ...
+
+    def new_cache(self, model: nn.Module) -> Any:
+        """An empty transformers ``Cache`` for ``hidden_states``."""
+        ...
+
+    def generate_model(self, model: nn.Module) -> Any:
+        """What has transformers' ``generate``, taking ``inputs_embeds`` of ``embed`` and ``position_ids``."""
         ...
 
     def head(self, model: nn.Module) -> nn.Module:

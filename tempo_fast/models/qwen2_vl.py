@@ -9,21 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tempo_fast.errors import InputError
-from tempo_fast.models.family import Grid, Prompt, VideoGeometry
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside peft and engine wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "module") and isinstance(model.module, nn.Module):
-            model = model.module
-        else:
-            return model
+from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, Grid, Prompt, VideoGeometry, unwrap
 
 
 class Qwen2VL:
@@ -47,7 +33,6 @@ class Qwen2VL:
             temporal=vision.temporal_patch_size,
             mean=CLIP_MEAN,
             std=CLIP_STD,
-            sampling="qwen_vl_utils",
         )
 
     def build_prompt(self, tokenizer: Any, config: Any, text: str, grids: Sequence[Grid]) -> Prompt:
@@ -97,6 +82,12 @@ class Qwen2VL:
         out = unwrap(model).model.get_video_features(pixel_values, grid_thw, return_dict=True)
         return torch.cat(tuple(out.pooler_output), dim=0)
 
+    def embed(self, model: nn.Module, input_ids: Tensor, visual: Tensor, features: Tensor | None) -> Tensor:
+        embeds = unwrap(model).get_input_embeddings()(input_ids)
+        if features is None:
+            return embeds
+        return embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
+
     def hidden_states(
         self,
         model: nn.Module,
@@ -105,15 +96,24 @@ class Qwen2VL:
         attention_mask: Tensor | None,
         visual: Tensor,
         features: Tensor | None,
+        cache: Any | None = None,
     ) -> Tensor:
-        inner = unwrap(model).model
-        embeds = inner.get_input_embeddings()(input_ids)
-        if features is not None:
-            embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds.dtype))
-        out = inner.language_model(
-            inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        out = unwrap(model).model.language_model(
+            inputs_embeds=self.embed(model, input_ids, visual, features),
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
         return out.last_hidden_state
+
+    def new_cache(self, model: nn.Module) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=unwrap(model).config.get_text_config())
+
+    def generate_model(self, model: nn.Module) -> Any:
+        return unwrap(model)
 
     def head(self, model: nn.Module) -> nn.Module:
         return unwrap(model).lm_head

@@ -12,12 +12,14 @@ from tempo_fast.errors import InputError
 
 
 def check_head(head: nn.Module) -> None:
-    """Raises InputError when the head carries an adapter: its own weight would be used and the adapter ignored."""
+    """Raises InputError when the head is more than its weight: an adapter or a bias would be ignored."""
     if hasattr(head, "base_layer") or any("lora_" in name for name, _ in head.named_parameters()):
         raise InputError(
             "train.lora: an adapter on the vocabulary head is not supported (the loss uses the head's weight directly);"
             " take the head out of the adapter's target modules, or merge that adapter into it first"
         )
+    if getattr(head, "bias", None) is not None:
+        raise InputError("model.path: a vocabulary head with a bias is not supported; the loss uses its weight alone")
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def gathered_head(head: nn.Module) -> Iterator[Tensor]:
     tensor that stays valid for the backward after the block. Use it inside the wrapped module's forward, on all ranks.
 
     Raises:
-        InputError: a head with an adapter, or a head that trains under ZeRO-3.
+        InputError: a head with an adapter or a bias, or a head that trains under ZeRO-3.
     """
     check_head(head)
     # not head.weight: DeepSpeed's mapping would gather it there and then, and once more in the backward

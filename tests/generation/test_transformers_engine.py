@@ -79,6 +79,29 @@ def test_adapters_take_part(tiny, tiny_lora, reader, make_plan):
     assert engine.provenance()["adapter"] not in (None, digest)
 
 
+def test_whatever_the_checkpoint_reads_is_part_of_the_provenance(tiny_path, tmp_path, reader):
+    import shutil
+
+    from tempo_fast.generation import AnswerCache
+    from tempo_fast.models.load import load_bundle
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_path, folder)
+
+    def ask(path):
+        bundle = load_bundle(str(path), "float32", "cpu")
+        engine = make_engine(GenerationConfig(max_new_tokens=4), bundle, reader, None, 0)
+        cache = AnswerCache(tmp_path / "answers.jsonl", engine)
+        return cache.answers([Request((), "Say it.")])[0], cache.asked
+
+    first = ask(tiny_path)
+    assert first[1] == 1 and ask(folder) == (first[0], 0)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("You are a helpful assistant.", "It appears at last. " * 3))
+    again = ask(folder)
+    assert again[1] == 1 and again[0] != first[0]
+
+
 def test_positions_follow_the_pretraining_rule(tiny, reader, make_plan):
     """transformers' own positions for a video differ and give another answer: ours must be the ones in use."""
     request = Request((make_plan("long", 14),), "Describe it.")

@@ -75,6 +75,24 @@ def test_hidden_states_are_transformers_own(tiny: Bundle) -> None:
     assert tiny.family.head(tiny.model)(ours).shape[-1] == tiny.config.text_config.vocab_size
 
 
+def test_cached_forwards_are_the_forward_in_pieces(tiny: Bundle) -> None:
+    torch.manual_seed(1)
+    grid = Grid(3, 2, 4)
+    prompt = tiny.family.build_prompt(tiny.tokenizer, tiny.config, "What happens?", [grid])
+    features = torch.randn(tiny.geometry.tokens(grid), 64)
+    ids, positions, visual = prompt.input_ids[None], prompt.position_ids[:, None], prompt.visual[None]
+    cuts = [0, int(prompt.visual.nonzero().max()) + 1, ids.shape[1] - 2, ids.shape[1]]
+    with torch.no_grad():
+        whole = tiny.family.hidden_states(tiny.model, ids, positions, None, visual, features)
+        cache, pieces = tiny.family.new_cache(tiny.model), []
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            mine = features if a == 0 else None
+            mask = torch.ones(1, b, dtype=torch.long) if a else None
+            part = (ids[:, a:b], positions[:, :, a:b], mask, visual[:, a:b], mine, cache)
+            pieces.append(tiny.family.hidden_states(tiny.model, *part))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_lora_targets_are_language_linears_alone(tiny: Bundle) -> None:
     import re
 

@@ -27,6 +27,11 @@ def test_an_adapter_on_the_head_is_refused(tiny: Any) -> None:
         pass
 
 
+def test_a_bias_is_refused() -> None:
+    with pytest.raises(InputError, match="head with a bias is not supported"), gathered_head(nn.Linear(3, 5)):
+        pass
+
+
 def test_a_trainable_plain_head_keeps_its_graph() -> None:
     head = nn.Linear(3, 5, bias=False)
     with gathered_head(head) as weight:

@@ -115,7 +115,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def geometry() -> Any:
-    from tempo_fast.models.family import VideoGeometry
-    from tempo_fast.models.qwen2_vl import CLIP_MEAN, CLIP_STD
+    from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, VideoGeometry
 
-    return VideoGeometry(14, 2, 2, CLIP_MEAN, CLIP_STD, "qwen_vl_utils")
+    return VideoGeometry(14, 2, 2, CLIP_MEAN, CLIP_STD)

@@ -49,7 +49,7 @@ def test_resize_refuses_floats():
     "n, patch, merge, temporal", [(4, 14, 2, 2), (5, 14, 2, 2), (3, 4, 2, 2), (5, 2, 3, 3), (2, 4, 1, 1)]
 )
 def test_patches_equal_a_plain_loop(n, patch, merge, temporal):
-    geometry = VideoGeometry(patch, merge, temporal, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "qwen_vl_utils")
+    geometry = VideoGeometry(patch, merge, temporal, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
     height, width = 2 * geometry.factor, 3 * geometry.factor
     frames = _noise(4, n, height, width, 3)
     got = to_patches(frames, geometry)

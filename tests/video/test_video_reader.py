@@ -97,7 +97,7 @@ def test_all_that_decides_pixels_is_in_the_key(plain, geometry, reader):
         {"fps": 2.0},
     ):
         keys.add(VideoReader(dataclasses.replace(reader.config, **change), geometry).plan(plain, [0, 10, 20, 30]).key)
-    keys.add(VideoReader(reader.config, VideoGeometry(16, 2, 2, geometry.mean, geometry.std, "x")).plan(plain).key)
+    keys.add(VideoReader(reader.config, VideoGeometry(16, 2, 2, geometry.mean, geometry.std)).plan(plain).key)
     keys.add(reader.plan(plain, [0, 10, 20, 31]).key)
     keys.add(reader.plan(plain, [10, 0, 20, 30]).key)
     keys.add(dataclasses.replace(base, rule=base.rule.replace("decoder=pyav", "decoder=dali-gpu")).key)

@@ -160,7 +160,7 @@ def test_smart_resize_by_hand():
 
 
 def test_pixel_budget():
-    geometry = VideoGeometry(14, 2, 2, (0.5,) * 3, (0.5,) * 3, "qwen_vl_utils")
+    geometry = VideoGeometry(14, 2, 2, (0.5,) * 3, (0.5,) * 3)
     config = VideoConfig(min_pixels=1000, max_pixels=500_000, total_pixels=1_000_000)
     assert video_max_pixels(config, 2, geometry) == 500_000  # the per-frame cap
     assert video_max_pixels(config, 10, geometry) == 200_000  # an even share, two frames to a patch

@@ -90,9 +90,3 @@ def current_ranks() -> Ranks:
     on_gpu = dist.get_backend() == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
-def close_ranks() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

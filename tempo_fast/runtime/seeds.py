@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
 
 from tempo_fast.files import digest
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch (CPU and CUDA): for libraries that draw from global generators."""
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def seed_of(*parts: Any) -> int:

@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,48 +26,43 @@ class PixelSource(Protocol):
         ...
 
 
-def encode(
-    family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any], *, grad: bool = False
-) -> Tensor | None:
-    """Decode and encode ``plans`` with one vision call.
+@dataclass
+class Pixels:
+    """Decoded videos ready for one vision call, each distinct one once.
 
-    Args:
-        grad: True keeps the graph and the tower's own mode, for the forward where the tower trains; every distinct
-            video is encoded once and its features are repeated where ``plans`` repeat it. False: eval mode, no graph.
-
-    Returns:
-        [G, D] in the order of ``plans``, or None when there are none.
+    ``pixels`` [P, C*t*p*p] and ``grids`` are of the distinct videos; ``order`` names them for each video asked for.
     """
-    return _encode(family, model, reader, plans, grad)[0]
+
+    pixels: Tensor
+    grids: list[Grid]
+    order: list[int]
 
 
-def _encode(
-    family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any], grad: bool
-) -> tuple[Tensor | None, float]:
-    """``encode`` and the seconds spent waiting for pixels."""
+def prepare_pixels(
+    reader: PixelSource, plans: Sequence[Any], device: torch.device | str, dtype: torch.dtype
+) -> Pixels | None:
+    """Decode ``plans``, each distinct video (by ``plan.key``) once; None when there are none."""
     if not plans:
-        return None, 0.0
+        return None
     distinct = list({plan.key: plan for plan in plans}.values())
-    tower = family.vision_tower(model)
-    weight = next(tower.parameters())
-    start = time.perf_counter()
-    pixels = torch.cat([reader.pixels(plan).to(weight.device) for plan in distinct])
-    waited = time.perf_counter() - start
-    grids = [Grid(*plan.grid) for plan in distinct]
-    if grad:
-        features = family.encode_vision(model, pixels, grids)
-    else:
-        with torch.no_grad(), evaluating(tower):
-            features = family.encode_vision(model, pixels, grids)
-    if len(distinct) == len(plans):
-        return features, waited
-    pieces = dict(zip([p.key for p in distinct], _split(features, distinct), strict=True))
-    return torch.cat([pieces[plan.key] for plan in plans]), waited
+    place = {plan.key: i for i, plan in enumerate(distinct)}
+    pixels = torch.cat([reader.pixels(plan).to(device, dtype) for plan in distinct])
+    return Pixels(pixels, [Grid(*plan.grid) for plan in distinct], [place[plan.key] for plan in plans])
 
 
-def _split(features: Tensor, plans: Sequence[Any]) -> tuple[Tensor, ...]:
+def encode_pixels(family: Family, model: nn.Module, prepared: Pixels) -> Tensor:
+    """Features [G, D] of the videos asked for, in order, by one vision call: in the tower's own mode and with its graph
+    (for the forward where the tower trains), unless the caller says otherwise."""
+    features = family.encode_vision(model, prepared.pixels, prepared.grids)
+    if prepared.order == list(range(len(prepared.grids))):
+        return features
+    pieces = _split(features, prepared.grids)
+    return torch.cat([pieces[i] for i in prepared.order])
+
+
+def _split(features: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, ...]:
     # features per video are proportional to its patches, whatever the family merges
-    patches = [int(Grid(*p.grid).t * Grid(*p.grid).h * Grid(*p.grid).w) for p in plans]
+    patches = [int(g.t * g.h * g.w) for g in grids]
     total, n = sum(patches), len(features)
     sizes = [p * n // total for p in patches]
     if sum(sizes) != n:
@@ -136,11 +132,15 @@ class FeatureCache:
         missing = list(todo.values())
         for call in [missing] if together and missing else [[plan] for plan in missing]:
             start = time.perf_counter()
-            new, waited = _encode(family, model, reader, call, False)
-            self.decode_seconds += waited
-            self.encode_seconds += time.perf_counter() - start - waited
-            assert new is not None
-            for plan, piece in zip(call, _split(new, call), strict=True):
+            weight = next(tower.parameters())
+            prepared = prepare_pixels(reader, call, weight.device, weight.dtype)
+            decoded = time.perf_counter()
+            assert prepared is not None
+            with torch.no_grad(), evaluating(tower):
+                new = encode_pixels(family, model, prepared)
+            self.decode_seconds += decoded - start
+            self.encode_seconds += time.perf_counter() - decoded
+            for plan, piece in zip(call, _split(new, prepared.grids), strict=True):
                 found[plan.key] = piece
                 # a slice would keep the whole call's features alive
                 self._keep((plan.key, tag), piece if len(call) == 1 else piece.clone())

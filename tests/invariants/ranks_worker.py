@@ -182,7 +182,7 @@ def bundle_of(path: str, dtype: str) -> Any:
 
 
 def main(folder: str, out: str, cases: list[list[Any]]) -> None:
-    from tempo_fast.runtime.ranks import close_ranks, init_ranks
+    from tempo_fast.runtime.ranks import init_ranks
 
     ranks = init_ranks()
     results: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def main(folder: str, out: str, cases: list[list[Any]]) -> None:
     if ranks.is_main:
         Path(out).write_text(json.dumps(results))
     ranks.barrier()
-    close_ranks()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

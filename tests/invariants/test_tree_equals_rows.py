@@ -17,7 +17,7 @@ from tempo_fast.training.module import TrainModule
 from tempo_fast.trees.batch import PackedBatch, collate, collate_rows
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import Branch, ResponseTree, build_tree
-from tempo_fast.trees.vision import FeatureCache, encode
+from tempo_fast.trees.vision import FeatureCache, encode_pixels, prepare_pixels
 from tempo_kernels.head import head_statistics
 from tempo_kernels.objectives import BranchBatch, make_objective
 
@@ -66,11 +66,13 @@ def loss_and_gradients(
     model, family = bundle.model, bundle.family
     model.zero_grad()
     with reference_mode(model):
-        visual = encode(family, model, reader, packed.plans)
+        visual = FeatureCache().features(family, model, reader, packed.plans)
         hidden = tree_hidden(family, model, packed, visual)
         reference = head_statistics(hidden, family.head(model).weight, packed.labels)
     module = TrainModule(model, family, objective)
-    visual = encode(family, model, reader, packed.plans, grad=train_vision)
+    if train_vision:
+        pixels = prepare_pixels(reader, packed.plans, "cpu", torch.float32)
+        visual = None if pixels is None else encode_pixels(family, model, pixels)
     loss, _ = module(packed, pairs_of(packed), [], features=visual, reference=reference)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}

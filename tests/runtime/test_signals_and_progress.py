@@ -15,7 +15,7 @@ import torch
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.runtime.progress import progress
 from tempo_fast.runtime.ranks import Ranks, init_ranks
-from tempo_fast.runtime.seeds import generator, seed_all, seed_of
+from tempo_fast.runtime.seeds import generator, seed_of
 from tempo_fast.runtime.signals import Stopper
 
 
@@ -25,7 +25,7 @@ def test_a_signal_waits_for_the_next_check(number: int, code: int) -> None:
     with Stopper() as stopper:
         stopper.check()
         os.kill(os.getpid(), number)
-        assert stopper.requested  # and we are still here
+        assert stopper.code == code  # and we are still here
         with pytest.raises(Interrupted) as stopped:
             stopper.check()
         assert stopped.value.exit_code == code
@@ -73,19 +73,6 @@ def test_generators_are_private_and_named() -> None:
     # fixed for ever: a changed value would change every recorded run
     assert seed_of(0, "lora") == 3144372284829369383
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_seed_all_seeds_the_global_generators() -> None:
-    import random
-
-    import numpy as np
-
-    with torch.random.fork_rng():
-        draws = []
-        for _ in range(2):
-            seed_all(2**40 + 3)
-            draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
-        assert draws[0] == draws[1]
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tempo_fast.trees.vision import FeatureCache, encode
+from tempo_fast.trees.vision import FeatureCache, encode_pixels, prepare_pixels
+
+
+def encode(bundle: Any, reader: Any, plans: list[Any], dtype: torch.dtype = torch.float32) -> Any:
+    """One call with the graph of the tower's parameters."""
+    return encode_pixels(bundle.family, bundle.model, prepare_pixels(reader, plans, "cpu", dtype))
 
 
 def cached(bundle: Any, cache: FeatureCache, reader: Any, plans: list[Any], **more: Any) -> Any:
@@ -32,9 +37,9 @@ def test_a_video_is_decoded_and_encoded_once(tiny: Any, reader: Any, make_plan: 
 def test_features_are_those_of_one_video_alone(tiny: Any, reader: Any, make_plan: Any, together: bool) -> None:
     plans = [make_plan("a", 5), make_plan("b", 1, 56, 56), make_plan("c", 4, 28, 84)]
     features = cached(tiny, FeatureCache(), reader, plans, together=together)
-    alone = torch.cat([encode(tiny.family, tiny.model, reader, [p]) for p in plans])
+    alone = torch.cat([encode(tiny, reader, [p]) for p in plans])
     torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(encode(tiny.family, tiny.model, reader, plans), alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encode(tiny, reader, plans), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_least_recently_used_goes_first(tiny: Any, reader: Any, make_plan: Any) -> None:
@@ -81,12 +86,28 @@ def test_a_changed_tower_makes_new_features(tiny: Any, lora: Any, reader: Any, m
 def test_grad_reaches_the_tower_and_repeats_share_one_call(tiny: Any, lora: Any, reader: Any, make_plan: Any) -> None:
     bundle = lora(tiny, vision=True)
     a, b = make_plan("a", 3), make_plan("b", 2)
-    features = encode(bundle.family, bundle.model, reader, [a, b, a], grad=True)
-    assert features.requires_grad and len(reader.calls) == 2
+    calls: list[int] = []
+    vision = bundle.family.vision_tower(bundle.model)
+    vision.register_forward_hook(lambda *_: calls.append(1))
+    features = encode(bundle, reader, [a, b, a])
+    assert features.requires_grad and len(reader.calls) == 2 and len(calls) == 1
+    assert torch.equal(features[:2], features[-2:])
     features[-2:].sum().backward()  # through the repeat of a
     assert any(p.grad is not None and p.grad.abs().sum() > 0
                for n, p in bundle.model.named_parameters() if "visual" in n)  # fmt: skip
-    assert not encode(bundle.family, bundle.model, reader, [a]).requires_grad
+    with torch.no_grad():
+        separate = torch.cat([encode(bundle, reader, [p]) for p in (a, b, a)])
+    torch.testing.assert_close(features, separate, rtol=1e-5, atol=1e-5)
+
+
+def test_prepared_pixels_hold_each_video_once(reader: Any, make_plan: Any) -> None:
+    a, b = make_plan("a", 3), make_plan("b", 2, 56, 28)
+    prepared = prepare_pixels(reader, [b, a, make_plan("b", 2, 56, 28)], "cpu", torch.bfloat16)
+    assert prepared is not None and prepared.order == [0, 1, 0] and len(reader.calls) == 2
+    assert prepared.grids == [b.grid, a.grid] and prepared.pixels.dtype == torch.bfloat16
+    want = torch.cat([reader.pixels(b), reader.pixels(a)]).bfloat16()
+    assert torch.equal(prepared.pixels, want)
+    assert prepare_pixels(reader, [], "cpu", torch.float32) is None
 
 
 def test_the_towers_mode_is_restored(tiny: Any, lora: Any, reader: Any, make_plan: Any) -> None:

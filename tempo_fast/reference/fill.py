@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tempo_fast.errors import InputError
 from tempo_fast.models.load import Bundle
@@ -19,14 +18,20 @@ from tempo_fast.runtime.progress import progress as progress_bar
 from tempo_fast.runtime.ranks import Ranks, current_ranks
 from tempo_fast.trees.batch import collate
 from tempo_fast.trees.forward import tree_hidden
-from tempo_fast.trees.layout import ResponseTree
+from tempo_fast.trees.layout import Branch, ResponseTree
 from tempo_fast.trees.packing import pack
 from tempo_fast.trees.vision import FeatureCache, PixelSource, evaluating
 from tempo_kernels.head import HeadStatistics, head_statistics
 
-# Where the start check stops a run: several times the noise it measures, and never below these (nats per token)
+# Where the start check stops a run, in nats per token on average: at several times the noise it measures, but never
+# below a floor. bfloat16's is a little more than a whole forward in bfloat16 differs from one in float32 (0.005 to
+# 0.02 on small models), because a store may have been filled in the other dtype, on another device or with another
+# attention, of which noise measured on the spot knows nothing.
+_FLOOR = {torch.float64: 1.25e-7, torch.float32: 1.25e-4, torch.bfloat16: 0.03}
 _NOISE_FACTOR = 8.0
-_FLOOR = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float64: 1e-6}
+_CEILING = 10.0  # in floors: noise above it is no rounding
+_PEAK = 8.0  # a single token may differ this much more than the average: the tail over some hundred tokens
+_SHIFT = 0.5  # rounding has no direction: the signed average must be this much smaller
 
 
 @dataclass
@@ -79,6 +84,8 @@ def fill(
     max_tokens: int,
     progress: str = "reference",
     ranks: Ranks | None = None,
+    check: Callable[[], None] | None = None,
+    on_stored: Callable[[list[str]], None] | None = None,
 ) -> FillReport:
     """Compute and store what is missing of ``trees``: each answer once, whatever the number of trees that hold it.
 
@@ -89,6 +96,9 @@ def fill(
         kl: also store what the exact KL needs; entries without it are computed again.
         progress: name of the progress bar.
         ranks: None takes the process group as it is.
+        check: called before every pack, equally often on every rank; may raise (``Stopper.check``), what was stored
+            stays.
+        on_stored: called after every pack with the keys that this rank has stored.
 
     Raises:
         InputError: a tree longer than ``max_tokens`` (before anything is decoded), a full disk.
@@ -105,25 +115,37 @@ def fill(
         wanted: dict[str, int] = {key: b for b, key in enumerate(row) if key in left}
         if wanted:
             left -= set(wanted)
-            part = dataclasses.replace(tree, branches=[tree.branches[b] for b in wanted.values()], unaligned=[])
-            todo.append((part, list(wanted)))
+            todo.append((only(tree, list(wanted.values())), list(wanted)))
     report.tokens = sum(part.n_responses for part, _ in todo)
     lengths = [part.n_tokens for part, _ in todo]
     order = sorted(range(len(todo)), key=lambda i: -lengths[i])
-    packs = pack(lengths, max_tokens, order=order, ids=[part.id for part, _ in todo])[ranks.rank :: ranks.world]
-    with progress_bar(sum(len(p) for p in packs), desc=progress, unit="tree") as bar:
-        for members in packs:
+    packs = pack(lengths, max_tokens, order=order, ids=[part.id for part, _ in todo])
+    mine = packs[ranks.rank :: ranks.world]
+    with progress_bar(sum(len(p) for p in mine), desc=progress, unit="tree") as bar:
+        for turn in range(-(-len(packs) // ranks.world)):
+            if check is not None:
+                check()
+            if turn >= len(mine):
+                continue
+            members = mine[turn]
             with reference_mode(bundle.model):
                 found = statistics(bundle, [todo[i][0] for i in members], reader, features, kl=kl)
             names = [key for i in members for key in todo[i][1]]
             sizes = [len(b.input_ids) for i in members for b in todo[i][0].branches]
             pieces = zip(*(x.split(sizes) if x is not None else [None] * len(sizes) for x in found), strict=True)
             store.put({key: HeadStatistics(*piece) for key, piece in zip(names, pieces, strict=True)})
+            if on_stored is not None:
+                on_stored(names)
             bar.update(len(members))
     ranks.barrier()
     if ranks.world > 1:
         store.refresh()
     return report
+
+
+def only(tree: ResponseTree, branches: Sequence[int]) -> ResponseTree:
+    """The tree with these of its branches, without their spans: statistics need none."""
+    return ResponseTree(tree.id, tree.prompt, [Branch.of(tree.branches[b].input_ids) for b in branches], tree.plans)
 
 
 def start_check(
@@ -132,29 +154,58 @@ def start_check(
     trees: Sequence[ResponseTree],
     reader: PixelSource,
     features: FeatureCache,
+    *,
+    max_tokens: int | None = None,
 ) -> float:
     """Compare a few trees under the model with adapters off with the store.
 
-    The noise that other shapes make is measured on the spot (the trees packed, and each alone). Returns the largest
-    absolute difference of a log-prob, in nats.
+    The noise that other shapes make is measured on the spot: the trees packed, each alone, and each in two parts.
+    Compared are the largest difference of a token, the mean absolute difference, which finds another model or other
+    pixels far below it, and the mean, which finds a systematic shift.
+
+    Args:
+        max_tokens: budget of a packed row; trees that exceed it together are not packed. None: no limit.
+
+    Returns:
+        The largest absolute difference of a log-prob, in nats.
 
     Raises:
-        InputError: the difference is beyond the noise: the model, the pixels or the answers are not those of the store.
+        InputError: the difference is beyond the noise: the model, the pixels or the answers are not those of the
+            store; or the noise is beyond rounding: answers depend on what stands beside them.
     """
     keys = [store.key(tree, b) for tree in trees for b in range(len(tree.branches))]
     hits, misses = store.hits, store.misses
     stored = store.get(keys, kl=False).logp
     store.hits, store.misses = hits, misses  # not reads of the training
+    # another shape for every token: the first branch without the others, the others without the first
+    parts = [only(t, b) for t in trees for b in ([0], list(range(1, len(t.branches)))) if b]
+
+    def rows(groups: Sequence[Sequence[ResponseTree]]) -> Tensor:
+        found = [statistics(bundle, group, reader, features, kl=False).logp for group in groups]
+        return torch.cat(found).double().cpu()
+
     with reference_mode(bundle.model):
-        packed = statistics(bundle, trees, reader, features, kl=False).logp.cpu()
-        alone = torch.cat([statistics(bundle, [tree], reader, features, kl=False).logp.cpu() for tree in trees])
-    noise = float((packed - alone).abs().max())
-    difference = float((packed - stored).abs().max())
-    limit = max(_NOISE_FACTOR * noise, _FLOOR.get(bundle.dtype, 0.25))
-    if not difference <= limit:
+        alone = rows([[tree] for tree in trees])
+        fits = max_tokens is None or sum(tree.n_tokens for tree in trees) <= max_tokens
+        now = rows([trees]) if fits and len(trees) > 1 else alone
+        noise = torch.stack([(other - now).abs() for other in (alone, rows([[part] for part in parts]))])
+    floor = _FLOOR.get(bundle.dtype, _FLOOR[torch.bfloat16])
+    difference = now - stored.double()
+    largest, mean, shift = float(difference.abs().max()), float(difference.abs().mean()), float(difference.mean())
+    if not float(noise.mean(1).max()) <= _CEILING * floor:
         raise InputError(
-            f"{store.root}: with adapters off the model differs from the stored reference by {difference:.3g} nats per"
-            f" token (rounding explains {limit:.3g}); the videos' pixels, the weights or the software differ from what"
-            " filled it: use another reference.store, or delete this one"
+            f"{store.root}: log-probs differ by {float(noise.max()):.3g} nats per token between packed trees and trees"
+            " alone, more than rounding explains; the attention does not keep the trees apart"
         )
-    return difference
+    most = max(_NOISE_FACTOR * float(noise.mean(1).max()), floor)
+    peak = max(_NOISE_FACTOR * float(noise.max()), _PEAK * floor)
+    most, peak = min(most, _CEILING * floor), min(peak, _CEILING * _PEAK * floor)
+    level = most * max(_SHIFT, 2 / len(difference) ** 0.5)
+    if not (largest <= peak and mean <= most and abs(shift) <= level):
+        raise InputError(
+            f"{store.root}: with adapters off the model differs from the stored reference by {mean:.3g} nats per token,"
+            f" {largest:.3g} at most and {shift:+.3g} on average (rounding explains {most:.3g}, {peak:.3g} and"
+            f" {level:.3g}); the videos' pixels, the weights or the software differ from what filled it: use another"
+            " reference.store, or delete this one"
+        )
+    return largest

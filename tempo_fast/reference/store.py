@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.files import canonical_json, digest, file_digest, read_json, write_atomic, write_json
+from tempo_fast.models.load import Bundle
 from tempo_fast.trees.layout import ResponseTree
 from tempo_kernels.head import HeadStatistics
 
@@ -39,6 +40,24 @@ _SCALARS = ("logp", "lse")
 _MEANS = ("mean_logit", "mean_embedding")
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 _OPEN_SHARDS = 64
+
+
+def reference_fields(bundle: Bundle) -> dict[str, Any]:
+    """The identity of a reference: a store with other ``fields`` is refused. Prompts and answers are in the keys."""
+    return {"reference": bundle.weights_digest, "config": bundle.config_digest, "family": bundle.family.name}
+
+
+def compatible_fields(bundle: Bundle) -> dict[str, Any]:
+    """What only changes rounding: kept in the manifest, a difference is logged."""
+    import transformers
+
+    return {
+        "dtype": str(bundle.dtype).removeprefix("torch."),
+        "device": bundle.device.type,
+        "attention": getattr(bundle.family.generate_model(bundle.model).config, "_attn_implementation", None),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 class Entry(NamedTuple):

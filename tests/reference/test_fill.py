@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tempo_fast.errors import InputError
+from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.reference.fill import FillReport, fill, reference_mode
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.trees.layout import Branch, ResponseTree, build_tree
@@ -119,3 +119,30 @@ def test_a_tree_over_the_budget_is_named_before_decoding(
     with pytest.raises(InputError, match="record rec1: .* exceed train.max_tokens 128"):
         fill(tiny, store, trees, reader, FeatureCache(), kl=False, max_tokens=128)
     assert reader.calls == [] and len(store) == 0
+
+
+def test_a_stopped_fill_keeps_its_packs_and_says_which(tiny: Any, reader: Any, make_plan: Any, tmp_path: Path) -> None:
+    trees = [tree_of(tiny, make_plan, f"t{i}", [f"A red circle {i}", f"It {i}"], video=f"v{i}") for i in range(5)]
+    store, checks, told = ReferenceStore(tmp_path, {"reference": "tiny"}), [0], []
+
+    def check() -> None:
+        checks[0] += 1
+        if checks[0] == 4:
+            raise Interrupted("stop", 130)
+
+    def run(check: Any) -> FillReport:
+        return fill(
+            tiny, store, trees, reader, FeatureCache(),
+            kl=False, max_tokens=max(t.n_tokens for t in trees), check=check, on_stored=told.append,
+        )  # fmt: skip
+
+    every = {store.key(t, b) for t in trees for b in range(2)}
+    with pytest.raises(Interrupted):
+        run(check)
+    assert checks == [4] and [len(keys) for keys in told] == [2, 2, 2]
+    stored = {key for keys in told for key in keys}
+    assert stored == every - set(store.missing(sorted(every))) and len(stored) == 6
+    told.clear()
+    report = run(lambda: None)
+    assert (report.computed, report.present) == (4, 6)
+    assert {key for keys in told for key in keys} == every - stored

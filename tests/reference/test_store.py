@@ -217,3 +217,27 @@ def test_keys_depend_on_what_decides_the_statistics_alone(tmp_path: Path) -> Non
     other = ReferenceStore(tmp_path / "other", {**FIELDS, "head": "x"})
     assert other.key(tree(), 0) != base
     assert ReferenceStore(tmp_path, FIELDS).key(tree(), 0) == base
+
+
+def test_the_fields_of_a_bundle_name_the_architecture(tiny_path: str, tmp_path: Path) -> None:
+    """The same weights under another rope are another reference."""
+    import shutil
+
+    from tempo_fast.models.load import load_bundle
+    from tempo_fast.reference.store import compatible_fields, reference_fields
+
+    other = tmp_path / "model"
+    shutil.copytree(tiny_path, other)
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["rope_theta"] = 500.0
+    (other / "config.json").write_text(json.dumps(config))
+    bundles = [load_bundle(path, "float32", "cpu") for path in (tiny_path, str(other))]
+    assert bundles[0].weights_digest == bundles[1].weights_digest
+    root = tmp_path / "store"
+    ReferenceStore(root, reference_fields(bundles[0]), compatible=compatible_fields(bundles[0]))
+    with pytest.raises(InputError, match="field 'config'"):
+        ReferenceStore(root, reference_fields(bundles[1]))
+    half = load_bundle(tiny_path, "bfloat16", "cpu")
+    assert reference_fields(half) == reference_fields(bundles[0])
+    assert compatible_fields(half) == {**compatible_fields(bundles[0]), "dtype": "bfloat16"}
+    ReferenceStore(root, reference_fields(half), compatible=compatible_fields(half))

@@ -118,17 +118,28 @@ class Question:
 
 @dataclass
 class Truth:
-    """What is known to happen in a video: its description and the sentences of its events in order."""
+    """What is known to happen in a video: the sentences of its events in order.
+
+    Without ``events`` they are the sentences of ``description``. The probes' true answer is the events, one after the
+    other, so that it and its perturbed twins are written alike.
+    """
 
     video: str
-    description: str
-    events: list[str]
+    description: str = ""
+    events: list[str] = field(default_factory=list)
     split: str = ""
+
+    def __post_init__(self) -> None:
+        self.events = self.events or events_of(self.description)
 
     @staticmethod
     def from_row(row: dict[str, Any]) -> Truth:
-        """``events`` may also be objects with a ``text``."""
-        return Truth(**{**row, "events": [e["text"] if isinstance(e, dict) else e for e in row["events"]]})
+        """``events`` may also be objects with a ``text``. Raises ValueError when there are none."""
+        events = [e["text"] if isinstance(e, dict) else e for e in row.get("events", [])]
+        truth = Truth(**{**row, "events": events})
+        if not truth.events:
+            raise ValueError("fields 'events' and 'description' are both empty")
+        return truth
 
 
 T = TypeVar("T")
@@ -161,7 +172,7 @@ def _parse(path: str | Path, cls: type[T]) -> Iterator[T]:
         kept = {k: v for k, v in row.items() if k in fields}
         try:
             yield cls.from_row(kept) if hasattr(cls, "from_row") else cls(**kept)  # type: ignore[attr-defined]
-        except (TypeError, KeyError) as e:
+        except (TypeError, KeyError, ValueError) as e:
             raise InputError(f"{where}: {e}") from e
 
 

@@ -69,6 +69,15 @@ def test_truth_takes_events_as_objects(tmp_path: Path) -> None:
     assert read_records(tmp_path / "t.jsonl", Truth) == [Truth("v", "A. B.", ["A.", "B."])]
 
 
+def test_a_truth_without_events_has_the_sentences_of_its_description(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"video": "v", "description": "A. B."}\n{"video": "w", "description": "C.", "events": []}\n')
+    assert [t.events for t in read_records(path, Truth)] == [["A.", "B."], ["C."]]
+    path.write_text('{"video": "v", "events": ["A."]}\n{"video": "w", "description": " ", "events": []}\n')
+    with pytest.raises(InputError, match=r"t.jsonl:2: fields 'events' and 'description' are both empty"):
+        read_records(path, Truth)
+
+
 def test_events_of() -> None:
     assert events_of("A b. C d.\nE.") == ["A b.", "C d.", "E."]
     assert events_of("  ") == []

@@ -45,6 +45,14 @@ def test_twins(n):
         assert twins(truth("v", n), rs, 0, "other") != t
 
 
+def test_the_true_answer_is_written_like_its_twins():
+    """A description and events that say the same make the same probe, however the description is spaced."""
+    sentences = EVENTS[:5]
+    told = Truth("v", "  " + "\n".join(sentences))
+    assert twins(told, [4, 2], 0, "k") == twins(Truth("v", "In prose.", sentences), [4, 2], 0, "k")
+    assert twins(told, [4, 2], 0, "k").answers[0] == " ".join(sentences)
+
+
 def test_equal_events_make_no_twins():
     assert twins(Truth("v", "", ["It grows."] * 5), [16, 2], 0, "k").index.keys() <= {("drop", 16), ("drop", 2)}
 
@@ -148,6 +156,8 @@ def test_without_captions_truths_or_questions(tiny, reader, make_plan):
     config = EvalConfig(r=[2], bootstrap=9, captions=False, max_videos=2)
     some = evaluate(tiny, planner, FeatureCache(), config, truths, [], Teller({}), 0)
     assert "captions" not in some and some["videos"] == 2 and some["pairwise_all"]["n"] == 2
+    capped = evaluate(tiny, planner, FeatureCache(), config, truths, asked, Teller({}), 0)
+    assert capped["videos"] == 2 and capped["questions"]["all"]["items"] == 3  # those of a and bb
     with pytest.raises(InputError, match="none of 1 videos can be read; bad: is truncated"):
         evaluate(tiny, planner, FeatureCache(), config, [truth("bad", 3)], [], None, 0)
     wrong = [Question("7", "a", "?", ["Yes.", "No."], 2, "first")]

@@ -139,4 +139,4 @@ def _bar(settings: Settings, wanted: bool):
 def quick(settings: Settings | None = None) -> Settings:
     """Settings of a few steps each: to see that a rebuild runs."""
     steps = {"look_steps": 3, "tell_steps": 6, "clip_steps": 1, "stretch_steps": 6, "muddle_steps": 6}
-    return replace(settings or Settings(), **steps, bank=3, look_batch=8, tokens=400)
+    return replace(settings or Settings(), **steps, bank=2, look_batch=8, tokens=400)

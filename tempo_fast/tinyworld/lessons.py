@@ -70,7 +70,7 @@ class Settings:
     tell_steps: int = 1500
     grow_at: float = 0.9
     tell_rate: float = 1.5e-3
-    stretch_steps: int = 500
+    stretch_steps: int = 1300
     stretch_rate: float = 1e-3
     muddle_steps: int = 450
     muddle_rate: float = 1.5e-3

@@ -7,11 +7,12 @@ import io
 import json
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from tempo_fast.config import GenerationConfig
@@ -22,6 +23,9 @@ from tempo_fast.runtime.progress import progress
 
 log = logging.getLogger(__name__)
 
+GRACE = 0.5
+"""Seconds that threads get to finish once nothing more is wanted of them: a frame being decoded, not an answer."""
+
 RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -31,6 +35,7 @@ class OpenAIEngine:
     Videos go as one image part per frame, at the size the reader plans. The model is the first that ``/models`` lists.
     A key in the environment variable OPENAI_API_KEY is sent as bearer token. Server errors (5xx, 408, 409, 425, 429)
     and broken connections are tried again, waiting ``backoff`` seconds doubled each time, or what Retry-After says.
+    A signal, or a request that fails for good, ends ``generate`` at once: answers still in flight are not waited for.
 
     Args:
         attempts: tries per request.
@@ -69,20 +74,38 @@ class OpenAIEngine:
         """See base.Engine."""
         bar = progress(len(requests), desc, "answer") if desc else None
         texts = []
-        with ThreadPoolExecutor(max_workers=max(1, min(self.config.batch_size, len(requests) or 1))) as pool:
-            try:
-                for text in pool.map(self._answer, requests):
-                    texts.append(text)
-                    if bar is not None:
-                        bar.update(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        if bar is not None:
-            bar.close()
+        futures: list[Future[str]] = [Future() for _ in requests]
+        work = iter(zip(requests, futures, strict=True))
+        stop, lock = threading.Event(), threading.Lock()
+
+        def answer() -> None:
+            while not stop.is_set():
+                with lock:
+                    request, future = next(work, (None, None))
+                if request is None or future is None:
+                    return
+                try:
+                    future.set_result(self._answer(request, stop))
+                except BaseException as e:
+                    future.set_exception(e)
+
+        # Not an executor: Python waits for its threads at exit, and one may be blocked in a read for minutes.
+        threads = [threading.Thread(target=answer, daemon=True) for _ in requests[: max(1, self.config.batch_size)]]
+        try:
+            for thread in threads:
+                thread.start()
+            for future in futures:
+                texts.append(future.result())
+                if bar is not None:
+                    bar.update(1)
+        finally:
+            stop.set()
+            _join(threads, GRACE)
+            if bar is not None:
+                bar.close()
         return texts
 
-    def _answer(self, request: Request) -> str:
+    def _answer(self, request: Request, stop: threading.Event) -> str:
         content: list[dict[str, Any]] = []
         for plan in request.plans:
             for image in jpegs(self.reader, plan):
@@ -98,13 +121,13 @@ class OpenAIEngine:
         }
         if self.config.repetition_penalty != 1.0:
             body["repetition_penalty"] = self.config.repetition_penalty
-        reply = self._call("/chat/completions", body)
+        reply = self._call("/chat/completions", body, stop)
         try:
             return str(reply["choices"][0]["message"]["content"] or "").strip()
         except (KeyError, IndexError, TypeError) as e:
             raise InputError(f"generation.endpoint: {self.base} answered without choices[0].message.content") from e
 
-    def _call(self, path: str, body: dict[str, Any] | None) -> Any:
+    def _call(self, path: str, body: dict[str, Any] | None, stop: threading.Event | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -126,10 +149,25 @@ class OpenAIEngine:
             except ValueError as e:
                 raise InputError(f"generation.endpoint: {self.base!r} is not a URL ({e})") from e
             if attempt + 1 < self.attempts:
-                time.sleep(wait)
+                _pause(wait, stop)
+            if stop is not None and stop.is_set():
+                break
         raise InputError(
             f"generation.endpoint: {self.base}{path} cannot be reached, {self.attempts} attempts ({reason})"
         )
+
+
+def _pause(seconds: float, stop: threading.Event | None) -> None:
+    """Wait, or less when ``stop`` is set."""
+    (stop or threading.Event()).wait(seconds)
+
+
+def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
+    """Wait for threads, together no longer than ``seconds``."""
+    end = time.monotonic() + seconds
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 def _seconds(value: str | None) -> float:

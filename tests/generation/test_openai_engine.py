@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 
 from tempo_fast.config import GenerationConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation import Request, make_engine
+from tempo_fast.generation import Request, make_engine, openai_engine
 from tempo_fast.generation.openai_engine import OpenAIEngine
 
 # Answers with the number of images and the words it got. A prompt "fail K CODE" fails K times, "drop" hangs up once.
@@ -55,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         threading.Event().wait(0.03)
         with lock: running -= 1
         words = text.split()
+        if words[0] == "slow": threading.Event().wait(float(words[1]))
         if words[0] == "fail" and count <= int(words[1]):
             return self.reply(int(words[2]), {"error": "try " + str(count)}, [("Retry-After", "0.01")])
         if words[0] == "drop" and count == 1:
@@ -144,7 +146,7 @@ def test_tried_again(server, prompt):
 
 def test_waits_longer_each_time(server, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(openai_engine, "_pause", lambda seconds, stop: waits.append(seconds))
     engine = engine_of(server, attempts=5)
     engine.generate([Request((), "fail 4 502")])
     assert waits == pytest.approx([0.01, 0.02, 0.04, 0.08])
@@ -162,6 +164,50 @@ def test_gives_up_with_one_sentence(server):
         engine_of(server, "/empty")
     with pytest.raises(InputError, match="refuses.*404"):
         engine_of(server, "/nowhere")
+
+
+# Asks until a signal comes; says how it ended. SIGTERM raises, as outside training in a run.
+ASKING = """
+import signal, sys
+from tempo_fast.config import GenerationConfig
+from tempo_fast.errors import Interrupted
+from tempo_fast.generation import Request
+from tempo_fast.generation.openai_engine import OpenAIEngine
+
+def stop(number, frame):
+    raise Interrupted("terminated", 75)
+
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+engine = OpenAIEngine(GenerationConfig(engine="openai", endpoint=sys.argv[1], batch_size=3), None, 0, backoff=60)
+try:
+    engine.generate([Request((), f"{sys.argv[2]} {i}") for i in range(9)])
+except KeyboardInterrupt:
+    sys.exit(130)
+except Interrupted as e:
+    sys.exit(e.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("prompt", ["slow 100", "fail 99 503"])
+def test_a_signal_waits_for_no_answer(server, number, code, prompt):
+    """The process is gone soon after the signal, with requests in flight or waiting to be tried again."""
+    prompt = f"{prompt} signal {number}"
+    child = subprocess.Popen([sys.executable, "-c", ASKING, server + "/v1", prompt])
+    try:
+        end = time.monotonic() + 60
+        while sum(prompt in text for text in log_of(server)["seen"]) < 3:
+            assert child.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        sent = time.monotonic()
+        child.send_signal(number)
+        assert child.wait(timeout=30) == code
+        assert time.monotonic() - sent < 5  # the wait itself would be 60 or 100
+    finally:
+        child.kill()
+        child.wait()
+    assert sum(prompt in text for text in log_of(server)["seen"]) == 3  # no new request after the signal
 
 
 def test_unreachable(server):

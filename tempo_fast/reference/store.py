@@ -51,10 +51,12 @@ def compatible_fields(bundle: Bundle) -> dict[str, Any]:
     """What only changes rounding: kept in the manifest, a difference is logged."""
     import transformers
 
+    # a bundle may have been loaded without weights
+    config = getattr(bundle.family.generate_model(bundle.model), "config", None)
     return {
         "dtype": str(bundle.dtype).removeprefix("torch."),
         "device": bundle.device.type,
-        "attention": getattr(bundle.family.generate_model(bundle.model).config, "_attn_implementation", None),
+        "attention": getattr(config, "_attn_implementation", None),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -112,7 +112,7 @@ def make_pairs(
         raise InputError("pairs: there is no curated video to make pairs from")
     failed: list[dict[str, str]] = []
     cache = AnswerCache(out / "captions.jsonl", engine)
-    captioner = Captioner(engine, reader, config, cache, failed)
+    captioner = Captioner(reader, config, cache, failed)
     pool = PromptPool(prompts)
 
     whole = config.perturb_on == "frames" and config.frames_answer == "video"

@@ -11,7 +11,7 @@ from typing import Any
 
 from tempo_fast.config import PairsConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation import AnswerCache, Engine, Request
+from tempo_fast.generation import AnswerCache, Request
 from tempo_fast.pairs.aggregate import clean_caption
 from tempo_fast.prompts import CLIP_PROMPT, WINDOW_PROMPT
 from tempo_fast.schema import Clips
@@ -39,10 +39,8 @@ class Captioner:
         failed: videos that could not be read are appended here as {"video", "reason"} and left out.
     """
 
-    def __init__(
-        self, engine: Engine, reader: Any, config: PairsConfig, cache: AnswerCache, failed: list[dict[str, str]]
-    ) -> None:
-        self.engine, self.reader, self.config, self.cache, self.failed = engine, reader, config, cache, failed
+    def __init__(self, reader: Any, config: PairsConfig, cache: AnswerCache, failed: list[dict[str, str]]) -> None:
+        self.reader, self.config, self.cache, self.failed = reader, config, cache, failed
 
     def captions(self, jobs: Sequence[tuple[Clips, Sequence[int]]], desc: str) -> list[list[str] | None]:
         """Per (video, order): one caption per clip of the order, or None when the video cannot be read."""

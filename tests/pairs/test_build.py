@@ -99,7 +99,7 @@ VIDEOS = [video("a.mp4", 6), video("b.mp4", 17), video("c.mp4", 4)]
 def test_windows_and_captions(tmp_path):
     assert windows_of([3, 0, 2]) == [(3,), (3, 0), (0, 2)]
     engine = Scripted()
-    captioner = Captioner(engine, ClipReader(), CONFIG, AnswerCache(tmp_path / "c.jsonl", engine), [])
+    captioner = Captioner(ClipReader(), CONFIG, AnswerCache(tmp_path / "c.jsonl", engine), [])
     got = captioner.captions([(v, range(len(v.clips))) for v in VIDEOS], "captions")
     assert got == [[say(i) for i in range(len(v.clips))] for v in VIDEOS]
     shown = [[p.clips[0] for p in r.plans] for r in engine.asked[:6]]
@@ -232,7 +232,7 @@ def test_texts_that_differ_in_white_space_alone_are_no_pair(tmp_path):
 WORDS = st.lists(st.sampled_from(["A b.", "c", "D?", "e.\n", " f", "3.5", '"g."']), min_size=1, max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(texts=st.lists(WORDS.map(" ".join), min_size=2, max_size=9), on=st.sampled_from(["captions", "frames"]))
 def test_every_pair_carries_spans(tmp_path_factory, texts, on):
     class Says(Scripted):

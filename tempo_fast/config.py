@@ -51,7 +51,7 @@ class DataConfig:
     sft: str = ""
     """JSONL with fields id, video, prompt, response; empty skips the SFT stage."""
     eval_truth: str = ""
-    """JSONL with fields video, description, events (held-out videos); empty skips captions and pairwise probes."""
+    """JSONL with fields video and events or description (held-out videos); empty skips captions and pairwise probes."""
     eval_questions: str = ""
     """JSONL with fields id, video, question, options, answer, type; empty skips multiple choice."""
 
@@ -129,7 +129,8 @@ class PairsConfig:
     perturb_on: Literal["captions", "frames"] = "captions"
     """``captions``: aggregate perturbed clip captions (official). ``frames``: show the model the perturbed clips."""
     frames_answer: Literal["windows", "video"] = "windows"
-    """With ``frames``: re-caption the two-clip windows in perturbed order, or caption the perturbed video once."""
+    """With ``frames``: re-caption the two-clip windows in perturbed order; or, ``video``, caption the clean and the
+    perturbed video once each, under the same instruction (clip_input and aggregate do nothing then)."""
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     """Perturbations, of drop, shuffle, reverse: one rejected answer each."""
     r: list[int] = field(default_factory=lambda: [16, 8, 4, 2])

@@ -71,9 +71,9 @@ class Run:
 
     @cached_property
     def model_digest(self) -> str:
-        from tempo_fast.models.load import weights_digest
+        from tempo_fast.models.load import checkpoint_digest
 
-        return weights_digest(self.config.model.path)
+        return checkpoint_digest(self.config.model.path)
 
     @cached_property
     def reader(self) -> Any:

@@ -68,7 +68,8 @@ def test_second_epoch_and_second_run_compute_nothing(run: Path, caplog: pytest.L
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     for step in ("curate", "pairs", "reference", "train", "eval", "report"):
         assert f"{step}: inputs unchanged, skipped" in caplog.text
-    words = ["--reference.store", str(run / "reference"), "--train.stages", "[{r: 16, epochs: 2}]", "--train.sft.epochs", "0"]
+    words = ["--reference.store", str(run / "reference"), "--train.stages", "[{r: 16, epochs: 2}]"]
+    words += ["--train.sft.epochs", "0"]
     again = run.parent / "again"
     (again / "pairs").mkdir(parents=True)
     (again / "pairs" / "r16.jsonl").write_text((run / "pairs" / "r16.jsonl").read_text())

@@ -17,9 +17,9 @@ from typing import Any
 from tempo_fast.config import LoraConfig, ObjectiveConfig, RunConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, file_digest, read_json, write_json
-from tempo_fast.models.load import Bundle, load_bundle, resolve_path, weights_digest
+from tempo_fast.models.load import Bundle, checkpoint_digest, load_bundle, resolve_path
 from tempo_fast.reference.fill import fill, start_check
-from tempo_fast.reference.store import ReferenceStore
+from tempo_fast.reference.store import ReferenceStore, compatible_fields, reference_fields
 from tempo_fast.schema import PreferenceRecord, SFTRecord
 from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
 from tempo_fast.training.data import Item, Items, check_lengths, preference_items, sft_items
@@ -87,7 +87,7 @@ class Curriculum:
 
     def digest_of(self, path: str) -> str:
         if path not in self._digests:
-            self._digests[path] = weights_digest(path)
+            self._digests[path] = checkpoint_digest(path)
         return self._digests[path]
 
     def items(self, bundle: Bundle, r: int) -> list[Item]:
@@ -121,8 +121,8 @@ class Curriculum:
         root = Path(self.config.reference.store or Path(self.config.output_dir) / "reference")
         objective = self.config.train.objective
         kl = self.config.reference.kl == "always" or make_objective(objective.name, **objective.options).needs_kl
-        fields = {"reference": bundle.weights_digest, "family": bundle.family.name}
-        store = ReferenceStore(root / bundle.weights_digest[:16], fields)
+        fields = reference_fields(bundle)
+        store = ReferenceStore(root / digest(fields)[:16], fields, compatible=compatible_fields(bundle))
         store.kl = kl
         return store
 
@@ -259,7 +259,9 @@ class Curriculum:
 
     def _check_start(self, bundle: Bundle, store: ReferenceStore, items: list[Item], name: str) -> None:
         some = [i.tree for i in items[:2]]
-        difference = start_check(bundle, store, some, self.ctx.reader, self.ctx.features)
+        difference = start_check(
+            bundle, store, some, self.ctx.reader, self.ctx.features, max_tokens=self.config.train.max_tokens
+        )
         log.info("%s: adapters off differ from the stored reference by at most %.2e nats", name, difference)
 
     def _merge(self, base: str, adapter: str, out: Path) -> str:

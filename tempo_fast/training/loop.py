@@ -36,7 +36,7 @@ from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.metrics import MetricsWriter, peak_memory_gib
 from tempo_fast.training.module import Sums, TrainModule
 from tempo_fast.trees.batch import collate, collate_rows
-from tempo_fast.trees.vision import FeatureCache
+from tempo_fast.trees.vision import FeatureCache, Pixels, prepare_pixels
 from tempo_fast.video.reader import VideoReader
 from tempo_kernels.head import HeadStatistics
 from tempo_kernels.objectives import make_objective
@@ -265,14 +265,13 @@ def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Ite
     inputs: dict[str, Any] = {}
     if stage.vision_lora and plans:
         begin = time.perf_counter()
-        pixels = torch.cat([ctx.reader.pixels(p) for p in plans])
+        inputs = {"pixels": prepare_pixels(ctx.reader, plans, bundle.device, bundle.dtype)}
         ctx.features.decode_seconds += time.perf_counter() - begin
-        inputs = {"pixels": pixels.to(bundle.device, bundle.dtype), "grids": [p.grid for p in plans]}
     elif stage.vision_lora and ctx.ranks.world > 1:
         # where the tower trains, every rank calls it once per micro-batch, or the others wait for its gradients
         g = bundle.geometry
         blank = torch.zeros(g.merge**2, 3 * g.temporal * g.patch**2, device=bundle.device, dtype=bundle.dtype)
-        inputs = {"pixels": blank, "grids": [Grid(1, g.merge, g.merge)], "blank": True}
+        inputs = {"pixels": Pixels(blank, [Grid(1, g.merge, g.merge)], [0]), "blank": True}
     elif plans:
         inputs = {"features": ctx.features.features(bundle.family, bundle.model, ctx.reader, plans)}
     hits = misses = 0

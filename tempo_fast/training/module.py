@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tempo_fast.models.family import Family, Grid
+from tempo_fast.models.family import Family
 from tempo_fast.runtime.head import gathered_head
 from tempo_fast.trees.batch import PackedBatch
 from tempo_fast.trees.forward import tree_hidden
+from tempo_fast.trees.vision import Pixels, encode_pixels
 from tempo_kernels.head import HeadStatistics, linear_logp
 from tempo_kernels.objectives import BranchBatch, Objective, ObjectiveOutput
 
@@ -56,8 +57,7 @@ class TrainModule(nn.Module):
         kinds: list[str],
         *,
         features: Tensor | None = None,
-        pixels: Tensor | None = None,
-        grids: list[Grid] | None = None,
+        pixels: Pixels | None = None,
         blank: bool = False,
         reference: HeadStatistics | None = None,
     ) -> tuple[Tensor, Sums]:
@@ -67,7 +67,7 @@ class TrainModule(nn.Module):
             batch: its Q pairs.
             kinds: perturbation kind of each pair, for the metrics.
             features: visual features [G, D] of a frozen tower, or
-            pixels: [P, C*t*p*p] with ``grids``, encoded here with gradient.
+            pixels: decoded videos, encoded here with gradient.
             blank: the pixels belong to no video of the batch: they are encoded, with gradient zero.
             reference: statistics of the N tokens; ``mean_embedding`` may be None when no KL is needed.
 
@@ -75,8 +75,7 @@ class TrainModule(nn.Module):
             The sum of the Q pair losses (scalar, float32) and the metric sums.
         """
         if pixels is not None:
-            assert grids is not None
-            features = self.family.encode_vision(self.model, pixels, grids)
+            features = encode_pixels(self.family, self.model, pixels)
         unused = features.sum() * 0 if blank and features is not None else None
         if blank:
             features = None

@@ -19,8 +19,8 @@ TORCH_INDEX ?=
 RECIPE     ?= tinyworld
 DEMO_FLAGS ?=
 SHORT_DIR  ?= runs/demo-short
-SHORT_FLAGS ?= --output_dir $(SHORT_DIR) --pairs.max_videos 8 --eval.max_videos 6 --eval.stages ends --eval.bootstrap 200 \
-               --train.sft.max_steps 4 --report.pairs 1
+SHORT_FLAGS ?= --output_dir $(SHORT_DIR) --data.tinyworld.train 6 --data.tinyworld.heldout 3 --train.sft.max_steps 2 \
+               --eval.stages ends --eval.bootstrap 200
 
 .PHONY: demo demo-short test lint types check clean help
 .DEFAULT_GOAL := help

@@ -241,8 +241,9 @@ def report(run: Run) -> dict[str, Any]:
     from tempo_fast.report import build_report
 
     write_json(run.out / "summary.json", summarize(run))
-    files = [run.out / "summary.json", run.out / "pairs" / "audit.json", run.out / "eval" / "eval.json"]
-    inputs = [run.config.report, [_digest_of(str(f)) if f.is_file() else "" for f in files]]
+    # the steps before decide what it shows, and when they took their time
+    states = [run.out / "state" / f"{name}.json" for name in STEPS[:-1]]
+    inputs = [run.config.report, [_digest_of(str(f)) if f.is_file() else "" for f in states]]
     work = lambda: {"path": str(build_report(run.out, run.config))}  # noqa: E731
     return run.step("report", inputs, work, outputs=lambda: [run.out / "report.html"])
 

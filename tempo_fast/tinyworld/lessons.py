@@ -4,9 +4,9 @@
 2. `tell`: the tower is frozen, the features of a bank of films are computed once, and the language model learns clips,
    two-clip windows, questions, and short films, which grow longer as it gets them right.
 3. `stretch`: films of any length, in order.
-4. `muddle`: the same, but captions of films and answers about order are out of order, until the model knows more of what
-   happens than of when: the weakness that preference training is to cure. (Captions out of order from the start, or films
-   that grow by schedule, left a model of this size guessing; bench/LOG.md has the figures.)
+4. `muddle`: the same, but captions of films and answers about order are out of order, until the model knows more of
+   what happens than of when: the weakness that preference training is to cure. (Captions out of order from the start,
+   or films that grow by schedule, left a model of this size guessing; bench/LOG.md has the figures.)
 """
 
 from __future__ import annotations

@@ -185,11 +185,12 @@ class Curriculum:
         """All stages, SFT and the control; finished ones are skipped."""
         adapter, base = self._preference_stages()
         sft = self.config.train.sft
+        with_sft = bool(self.sft_records) and sft.epochs > 0
         final_base = base
         if adapter:
-            final_base = self._merge(base, adapter, self.ctx.out / "dpo_merged")
+            final_base = self._merge(base, adapter, self.ctx.out / ("dpo_merged" if with_sft else "merged"))
         self.outcome.merged = final_base
-        if self.sft_records and sft.epochs > 0:
+        if with_sft:
             self.outcome.sft = self._sft("sft", final_base)
             self.outcome.merged = self._merge(final_base, self.outcome.sft["adapter"], self.ctx.out / "merged")
             if sft.control:

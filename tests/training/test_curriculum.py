@@ -106,7 +106,9 @@ def test_base_reference(tmp_path: Path, tiny_path: str, reader, plan_type) -> No
 def test_previous_stage_reference(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:
     c = curriculum(tmp_path, tiny_path, reader, plan_type, sft=False, reference__mode="previous_stage")
     assert len(c.fill_reference()) == 1
-    one, two = c.run().stages
+    outcome = c.run()
+    one, two = outcome.stages
+    assert outcome.merged == str(tmp_path / "train" / "merged")  # the trained model is there, with SFT or without
     assert two["base"].endswith("stage1_r4/merged") and one["base"] == tiny_path
     assert two["reference"]["chosen_misses"] == 3  # refilled at the boundary
     for stage in ("stage1_r4", "stage2_r2"):

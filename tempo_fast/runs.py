@@ -189,11 +189,21 @@ def summarize(run: Run) -> dict[str, Any]:
         "sft": _without_identity(trained.get("sft")),
         "control": _without_identity(trained.get("control")),
         "merged": trained.get("merged", ""),
+        "lmms_eval": _lmms_eval(run, trained.get("merged", "")),
         "eval": results.get("eval", {}).get("rows", []),
         "timings_s": timings,
         "quarantined": quarantined,
         "filtered": curated.get("filtered", []),
     }
+
+
+def _lmms_eval(run: Run, merged: str) -> str:
+    """The command that runs public benchmarks on the trained model, with this run's limits; it is not run here."""
+    if not merged:
+        return ""
+    from tempo_fast.evaluation import lmms_eval_command
+
+    return lmms_eval_command(merged, run.config.video, model_type=run.light.config.model_type)
 
 
 def _without_identity(row: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ def test_summary(run: Path) -> None:
         assert {"all", "before", "last"} <= set(row["questions"])
         assert {"objects", "order_tau", "events"} <= set(row["captions"])
     assert set(summary["timings_s"]) >= {"world", "curate", "pairs", "reference", "train", "eval", "total"}
+    assert f"pretrained={run / 'train' / 'merged'}" in summary["lmms_eval"]
     assert summary["counts"]["usable"] == 5 and summary["quarantined"] == []
     assert summary["sft"]["steps"] == summary["control"]["steps"] == 2
 

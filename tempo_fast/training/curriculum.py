@@ -115,6 +115,7 @@ class Curriculum:
 
     def _note(self, rows: list[dict[str, str]]) -> None:
         self.outcome.quarantined += [row for row in rows if row not in self.outcome.quarantined]
+        self.ctx.skipped = len(self.outcome.quarantined)
 
     def open_store(self, bundle: Bundle) -> ReferenceStore:
         """The statistics of this bundle's base, below ``reference.store`` or ``<output_dir>/reference``."""

@@ -58,6 +58,8 @@ class Context:
     stopper: Stopper
     checked: DecodeCheck
     tensorboard: Path | None = None
+    skipped: int = 0
+    """Videos left out so far, for the metrics."""
 
 
 @dataclass
@@ -209,6 +211,7 @@ def run_stage(
                 "perf/videos_per_s": videos / seconds,
                 "perf/decode_wait_frac": min(1.0, (ctx.features.decode_seconds - decode_before) / seconds),
                 "mem/peak_gib": peak_memory_gib(),
+                "data/skipped": ctx.skipped,
                 "time_s": time.perf_counter() - started,
             }
             if writer:

@@ -148,6 +148,7 @@ def test_one_bad_video_is_quarantined(tmp_path: Path, tiny_path: str, reader, pl
     outcome = curriculum(tmp_path, tiny_path, reader, plan_type, missing=("v1",)).run()
     assert outcome.quarantined == [{"video": "v1", "reason": "v1: cannot be read"}]
     assert [s["records"] for s in outcome.stages] == [2, 2]
+    assert first_row(tmp_path, "stage1_r4")["data/skipped"] == 1
 
 
 def test_no_usable_video_is_an_error(tmp_path: Path, tiny_path: str, reader, plan_type) -> None:

@@ -181,3 +181,46 @@ def test_full_disk(recipe, capsys, tmp_path: Path, films: Path, small_disk: Path
     words = ["train", recipe(out=small_disk / "run"), "--reference.store", str(tmp_path / "store")]
     assert main(words) == 0
     assert os.path.exists(small_disk / "run/train/stage1_r4/stage.json")
+
+
+def test_a_failed_step_does_not_count_as_done(recipe, capsys, tmp_path: Path) -> None:
+    clips = tmp_path / "run" / "curate" / "clips.jsonl"
+    assert main(["curate", recipe()]) == 0
+    whole = clips.read_bytes()
+    refused(capsys, "curate", recipe(), "--curate.min_clips", "99")
+    assert main(["curate", recipe()]) == 0
+    assert clips.read_bytes() == whole
+    clips.unlink()
+    assert main(["curate", recipe()]) == 0
+    assert clips.read_bytes() == whole
+
+
+def test_own_pairs_are_not_overwritten(recipe, capsys, tmp_path: Path, films: Path) -> None:
+    path = write_pairs(tmp_path / "run", next(films.glob("*.mp4")))
+    mine = path.read_bytes()
+    assert "r4.jsonl: was not made by this step" in refused(capsys, "run", recipe())
+    assert path.read_bytes() == mine
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model.path", "/nope"), "model.path: /nope"),
+        (("--data.eval_truth", "/nope.jsonl"), "/nope.jsonl: cannot be read"),
+        (("--data.sft", "/nope.jsonl"), "/nope.jsonl: cannot be read"),
+        (("--train.objective", "{name: kto, options: {}}"), "train.objective.name: kto needs kl_logratio"),
+        (("--eval.bootstrap", "0"), "eval.bootstrap"),
+        (("--model.device", "gpu"), "model.device"),
+        (("--train.keep_checkpoints", "0"), "train.keep_checkpoints"),
+    ],
+)
+def test_known_wrong_before_any_work(recipe, capsys, tmp_path: Path, flags: tuple[str, str], words: str) -> None:
+    assert words in refused(capsys, "run", recipe(), *flags)
+    assert not (tmp_path / "run" / "curate").exists()
+
+
+def test_wrong_answer_of_a_question(recipe, capsys, tmp_path: Path) -> None:
+    row = {"id": "q", "video": "v.mp4", "question": "What?", "options": ["a", "b"], "answer": 2}
+    write_jsonl(tmp_path / "q.jsonl", [row])
+    said = refused(capsys, "run", recipe(), "--data.eval_questions", str(tmp_path / "q.jsonl"))
+    assert "question q: answer 2 is none of 2 options" in said

@@ -9,6 +9,9 @@ import pytest
 
 from tempo_fast.files import file_digest
 
+# enough steps that a signal sent after the first one arrives before the last, on a busy machine too
+LONG = ("--train.stages", "[{r: 4, epochs: 6}, {r: 2, epochs: 6}]", "--train.sft.epochs", "6")
+
 
 def finish(process) -> None:
     assert process.wait(120) == 0, process.stderr.read()[-3000:]
@@ -36,9 +39,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict:
 )
 def test_stopped_and_resumed(tmp_path: Path, start_job, undisturbed, number: int, code: int, stage: str) -> None:
     if undisturbed["results"] is None:
-        finish(start_job(undisturbed["out"]))
+        finish(start_job(undisturbed["out"], *LONG))
         undisturbed["results"] = results(undisturbed["out"])
-    process = start_job(tmp_path)
+    process = start_job(tmp_path, *LONG)
     metrics = tmp_path / "train" / stage / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
         time.sleep(0.005)
@@ -48,5 +51,5 @@ def test_stopped_and_resumed(tmp_path: Path, start_job, undisturbed, number: int
     assert "Traceback" not in said
     assert number == signal.SIGKILL or f"{stage} after step" in said and "resume" in said
     assert not (tmp_path / "train" / "merged").exists()
-    finish(start_job(tmp_path))
+    finish(start_job(tmp_path, *LONG))
     assert results(tmp_path) == undisturbed["results"]

@@ -165,11 +165,13 @@ def train(run: Run) -> dict[str, Any]:
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Temporal probes on held-out videos for base, stages, SFT and control: ``eval/eval.json``."""
+    from tempo_fast.training.adapters import adapter_digest
+
     config, data = run.config, run.data
     trained = read_json(_made_by(run.out / "state" / "train.json", "train"))["result"]
     truths, questions = _eval_data(run)
     models = _models(run, trained)
-    identities = {name: [run.model_digest, *([_adapter_digest(a), base] if a else [])] for name, base, a in models}
+    identities = {name: [run.model_digest, *([adapter_digest(a), base] if a else [])] for name, base, a in models}
     seen = dict.fromkeys([t.video for t in truths] + [q.video for q in questions])
     videos = [_stamp(Path(v)) for v in seen]
     settings = [config.eval, config.video, config.generation, config.seed, config.model.dtype, videos,
@@ -195,10 +197,6 @@ def _models(run: Run, trained: dict[str, Any]) -> list[tuple[str, str, str]]:
     stages = trained["stages"][-1:] if run.config.eval.stages == "ends" else trained["stages"]
     last = [s for s in (trained["sft"], trained["control"]) if s]
     return [("base", run.config.model.path, ""), *((s["name"], s["base"], s["adapter"]) for s in [*stages, *last])]
-
-
-def _adapter_digest(adapter: str) -> str:
-    return file_digest(Path(adapter) / "adapter_model.safetensors")
 
 
 def _sft_data(run: Run) -> list[SFTRecord] | None:

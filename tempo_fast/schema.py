@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest, read_jsonl
+from tempo_fast.files import read_jsonl
 
 
 @dataclass
@@ -87,10 +87,6 @@ class PreferenceRecord:
     def spans_for(self, rejected: Rejected) -> list[list[int]]:
         """Character ranges of ``chosen`` that differ from this rejected answer."""
         return rejected.chosen_spans if any(x.chosen_spans for x in self.rejected) else self.spans
-
-    def content_digest(self) -> str:
-        """Of everything that reaches the model; independent of ids and provenance."""
-        return digest([self.video, self.prompt, self.chosen, [x.text for x in self.rejected]])
 
 
 @dataclass

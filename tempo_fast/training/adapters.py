@@ -13,7 +13,7 @@ from torch import nn
 
 from tempo_fast.config import LoraConfig
 from tempo_fast.errors import InputError
-from tempo_fast.files import new_folder, write_json
+from tempo_fast.files import file_digest, new_folder, write_json
 from tempo_fast.models.load import Bundle, load_bundle
 from tempo_fast.runtime.seeds import generator
 
@@ -59,6 +59,11 @@ def adapter_on(bundle: Bundle, folder: str) -> Iterator[None]:
         yield
     finally:
         bundle.model = bundle.model.unload()  # type: ignore[operator]
+
+
+def adapter_digest(folder: str) -> str:
+    """SHA-256 of an adapter's weights file."""
+    return file_digest(Path(folder) / "adapter_model.safetensors")
 
 
 def _check_matched(model: nn.Module, bundle: Bundle) -> None:

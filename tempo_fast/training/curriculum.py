@@ -16,12 +16,12 @@ from typing import Any
 
 from tempo_fast.config import LoraConfig, ObjectiveConfig, RunConfig
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest, file_digest, read_json, write_json
+from tempo_fast.files import digest, read_json, write_json
 from tempo_fast.models.load import Bundle, checkpoint_digest, load_bundle, resolve_path
 from tempo_fast.reference.fill import fill, start_check
 from tempo_fast.reference.store import ReferenceStore, compatible_fields, reference_fields
 from tempo_fast.schema import PreferenceRecord, SFTRecord
-from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
+from tempo_fast.training.adapters import adapter_digest, attach_lora, load_lora, merge_lora
 from tempo_fast.training.data import Item, Items, check_lengths, preference_items, sft_items
 from tempo_fast.training.loop import Context, Stage, finished, run_stage
 from tempo_fast.trees.layout import ResponseTree
@@ -297,8 +297,3 @@ class Curriculum:
         if result is None:
             result = run_stage(stage, self.ctx, self._with_adapter(stage, None), items, None)
         return result
-
-
-def adapter_digest(folder: str) -> str:
-    """SHA-256 of an adapter's weights file."""
-    return file_digest(Path(folder) / "adapter_model.safetensors")

@@ -17,7 +17,7 @@ from tempo_fast.runtime.progress import progress
 from tempo_fast.runtime.seeds import generator
 from tempo_fast.schema import PreferenceRecord, SFTRecord
 from tempo_fast.trees.layout import ResponseTree, build_tree
-from tempo_fast.trees.packing import pack
+from tempo_fast.trees.packing import check_budget, pack
 from tempo_fast.video.reader import FramePlan, VideoReader
 
 
@@ -148,12 +148,7 @@ def real_micro_batches(
 
 def check_lengths(items: Sequence[Item], max_tokens: int) -> None:
     """Raise InputError naming the first record longer than the budget, before anything is decoded."""
-    for item in items:
-        if item.tree.n_tokens > max_tokens:
-            raise InputError(
-                f"record {item.tree.id}: {item.tree.n_tokens} tokens exceed train.max_tokens {max_tokens}; "
-                "raise it, or lower video.total_pixels or video.fps"
-            )
+    check_budget([i.tree.n_tokens for i in items], max_tokens, ids=[i.tree.id for i in items])
 
 
 def branch_batch(items: Sequence[Item], packed: Any) -> tuple[Any, list[str]]:

@@ -2,8 +2,8 @@
 
 Shapes: N response tokens (already gathered), D hidden size, V vocabulary.
 
-Two paths give the same numbers. ``eager`` writes the logits [N, V] in float32 and lets autograd do the rest.
-``one_pass`` walks the vocabulary in slices and holds one slice of logits; it needs a frozen head without bias or
+Three paths give the same numbers. ``eager`` writes the logits [N, V] in float32 and lets autograd do the rest. The
+others walk the vocabulary in slices and hold one slice of logits. ``one_pass`` needs a frozen head without bias or
 softcap. With A(x) = logsumexp(W x), m(x) = softmax(W x)ᵀ W and the reference's q over the same head:
 
     logp_t = W[y_t]·x_t − A(x_t)                                  ∂logp_t/∂x_t = W[y_t] − m(x_t)
@@ -11,50 +11,33 @@ softcap. With A(x) = logsumexp(W x), m(x) = softmax(W x)ᵀ W and the reference'
 
 where m_ref = Σ_v q_v W_v and mean_logit = m_ref·x_ref. So values and gradients come from one walk, the backward is
 elementwise and never touches the head, and four small statistics replace the reference model.
+
+``recompute`` takes every head. It walks once for the values and once more in the backward, which forms the gradient in
+the logits, d_logp·(1[v = y] − p) + d_kl·(p − q), slice by slice, and from it those of hidden states, weight and bias.
+KL_t = Σ_v q_v (z_q,v − z_p,v) + A(x_t) − A(x_ref,t).
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tempo_kernels.sweep import row_dot, sweep_head
+from tempo_kernels.eager import eager_logp, eager_statistics
+from tempo_kernels.one_pass import one_pass_logp, one_pass_statistics
+from tempo_kernels.recompute import recompute_logp, recompute_statistics
+from tempo_kernels.statistics import HeadOutput, HeadStatistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["IMPLEMENTATIONS", "HeadOutput", "HeadStatistics", "head_statistics", "linear_logp"]
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "one_pass", "eager")
-
-
-class HeadStatistics(NamedTuple):
-    """What a reference model leaves behind per response token; float32 (float64 from float64 inputs), no gradient.
-
-    ``mean_logit`` [N] and ``mean_embedding`` [N, D] are only needed for the KL and are None without it.
-    """
-
-    logp: Tensor
-    """[N] log-prob of the label."""
-    lse: Tensor
-    """[N] logsumexp of the logits."""
-    mean_logit: Tensor | None = None
-    """[N] mean_embedding · hidden_ref."""
-    mean_embedding: Tensor | None = None
-    """[N, D] head rows averaged with the reference's probabilities."""
-
-
-class HeadOutput(NamedTuple):
-    """Per-token values, float32 (float64 from float64 inputs)."""
-
-    logp: Tensor
-    """[N] log-prob of the label; differentiable."""
-    lse: Tensor
-    """[N] logsumexp of the logits; carries no gradient."""
-    ref_logp: Tensor | None
-    """[N] the reference's log-prob of the label; no gradient. None without a reference."""
-    kl: Tensor | None
-    """[N] KL(ref || policy) over the whole vocabulary; differentiable. None without what it needs."""
+IMPLEMENTATIONS = ("auto", "one_pass", "recompute", "eager")
 
 
 def linear_logp(
@@ -67,6 +50,9 @@ def linear_logp(
     reference: HeadStatistics | Tensor | None = None,
     impl: str = "auto",
     kl: bool = True,
+    exact_kl: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> HeadOutput:
     """Log-prob of each label under ``softcap(hidden @ weight.T + bias)``, and the KL to a reference.
 
@@ -74,18 +60,26 @@ def linear_logp(
         hidden: [N, D] floating point; gather valid positions before calling, N = 0 is allowed.
         weight: [V, D], the dtype of ``hidden`` or another; sums run in float32 (float64 if either is float64).
         labels: [N] integers in 0..V-1.
-        bias: [V] or None. eager only.
-        softcap: logits become softcap * tanh(logits / softcap); > 0, or None. eager only.
+        bias: [V] or None.
+        softcap: logits become softcap * tanh(logits / softcap); > 0, or None.
         reference: statistics of :func:`head_statistics` (the reference's head is this frozen head), or the live
             reference's hidden states [N, D], evaluated under the same weight, bias and softcap without gradient.
-        impl: ``one_pass`` (frozen head), ``eager``, or ``auto``, which logs once what it took and why.
+        impl: ``one_pass`` (frozen head without bias and softcap), ``recompute`` (any), ``eager`` (any, whole logits),
+            or ``auto``: one_pass where it can, else recompute, said once in the log with the reason.
         kl: False skips the KL to a live or cached reference (a live reference then costs one matmul less).
+        exact_kl: form the KL's gradient from the difference p − q, where one_pass subtracts two means: for a KL so
+            small that their rounding shows in 16-bit kernels. Needs a live reference; costs one matmul more.
+        group: the head is split over the vocabulary: ``weight`` (and ``bias``) are this rank's V rows of it, ``labels``
+            count over the whole. Every rank passes the same hidden states and reference and receives the same outputs
+            and the full gradient of ``hidden``; that of ``weight`` and ``bias`` stays with its rows. All ranks call.
+        vocab_start: first row of this rank's part; by default rank * V, for parts of equal size.
 
-    Equal policy and reference inputs in equal shapes give KL and gradient of exactly 0. Raises ValueError for shapes,
-    labels or combinations that cannot work, saying what to do instead.
+    ``hidden``, ``weight`` and ``bias`` receive gradients, once: a second derivative raises RuntimeError. Equal policy
+    and live reference in equal shapes give KL and gradient of exactly 0; so do one_pass's own statistics. Raises
+    ValueError for shapes, labels or combinations that cannot work, saying what to do instead.
     """
-    _check(hidden, weight, labels, bias, softcap, reference)
-    chosen = _choose(impl, weight, bias, softcap)
+    name, start = _shard(weight, group, vocab_start)
+    _check(hidden, weight, labels, bias, softcap, reference, whole=not name)
     want_kl = kl and reference is not None
     if isinstance(reference, HeadStatistics):
         want_kl = kl and reference.mean_embedding is not None
@@ -97,10 +91,17 @@ def linear_logp(
             )
         if softcap is not None:
             raise ValueError("cached statistics give no KL under a softcap: pass the live reference's hidden states")
-    with torch.autocast(hidden.device.type, enabled=False):
-        if chosen == "one_pass":
-            return _one_pass(hidden, weight, labels, reference, want_kl)
-        return _eager(hidden, weight, labels, bias, softcap, reference, want_kl)
+        if exact_kl:
+            raise ValueError(
+                "exact_kl needs p − q for every word, which cached statistics do not hold: pass the live reference's "
+                "hidden states, or leave exact_kl out"
+            )
+    chosen = _choose(impl, weight, bias, softcap, exact_kl and want_kl, bool(name))
+    if chosen == "one_pass":
+        return one_pass_logp(hidden, weight, labels, reference, want_kl, name, start)
+    if chosen == "recompute":
+        return recompute_logp(hidden, weight, labels, bias, softcap, reference, want_kl, name, start)
+    return eager_logp(hidden, weight, labels, bias, softcap, reference, want_kl)
 
 
 @torch.no_grad()
@@ -111,28 +112,27 @@ def head_statistics(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    impl: str = "auto",
     kl: bool = True,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> HeadStatistics:
     """All that log-ratios (and with ``kl`` the exact KL) need of a reference model.
 
-    hidden [N, D], weight [V, D], labels [N], bias [V]: as in :func:`linear_logp`. ``kl=False`` leaves mean_logit and
-    mean_embedding None and saves half the work. Raises ValueError for ``kl`` with a softcap.
+    hidden [N, D], weight [V, D], labels [N], bias [V], impl, group, vocab_start: as in :func:`linear_logp`.
+    ``kl=False`` leaves mean_logit and mean_embedding None and saves half the work. Raises ValueError as there, and for
+    ``kl`` with a softcap.
     """
-    _check(hidden, weight, labels, bias, softcap, None)
+    name, start = _shard(weight, group, vocab_start)
+    _check(hidden, weight, labels, bias, softcap, None, whole=not name)
     if softcap is not None and kl:
         raise ValueError("statistics for the KL do not exist under a softcap: pass kl=False, or use a live reference")
-    with torch.autocast(hidden.device.type, enabled=False):
-        if bias is not None or softcap is not None:
-            out = _eager(hidden, weight, labels, bias, softcap, None, False)
-            if not kl:
-                return HeadStatistics(out.logp, out.lse)
-            dtype = out.lse.dtype
-            logits = _logits(hidden, weight, bias, None, dtype)
-            mean = torch.softmax(logits, -1) @ weight.to(dtype)
-            return HeadStatistics(out.logp, out.lse, row_dot(mean, hidden), mean)
-        swept = sweep_head(hidden, weight, labels, want_mean=kl)
-    mean_logit = None if swept.mean is None else row_dot(swept.mean, hidden)
-    return HeadStatistics(swept.target - swept.lse, swept.lse, mean_logit, swept.mean)
+    chosen = _choose(impl, weight, bias, softcap, False, bool(name))
+    if chosen == "one_pass":
+        return one_pass_statistics(hidden, weight, labels, kl, name, start)
+    if chosen == "recompute":
+        return recompute_statistics(hidden, weight, labels, bias, softcap, kl, name, start)
+    return eager_statistics(hidden, weight, labels, bias, softcap, kl)
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------------
@@ -144,7 +144,9 @@ def _trains(weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def _choose(impl: str, weight: Tensor, bias: Tensor | None, softcap: float | None) -> str:
+def _choose(
+    impl: str, weight: Tensor, bias: Tensor | None, softcap: float | None, exact_kl: bool, sharded: bool
+) -> str:
     reasons = []
     if _trains(weight, bias):
         reasons.append("the head trains")
@@ -152,28 +154,53 @@ def _choose(impl: str, weight: Tensor, bias: Tensor | None, softcap: float | Non
         reasons.append("the head has a bias")
     if softcap is not None:
         reasons.append("the logits are soft-capped")
-    if impl == "recompute":
-        raise ValueError("impl 'recompute' is not in this version: use 'eager' for a trained, biased or capped head")
+    if exact_kl:
+        reasons.append("exact_kl is asked for")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "one_pass" and reasons:
-        raise ValueError(f"impl 'one_pass' cannot be used because {' and '.join(reasons)}: use 'eager' or 'auto'")
+        raise ValueError(f"impl 'one_pass' cannot be used because {' and '.join(reasons)}: use 'recompute' or 'auto'")
+    if impl == "eager" and sharded:
+        raise ValueError("impl 'eager' knows no group: use 'one_pass', 'recompute' or 'auto'")
     if impl != "auto":
         return impl
-    chosen = "eager" if reasons else "one_pass"
-    why = " and ".join(reasons) or "the head is frozen, without bias and softcap"
-    line = f"linear_logp: {chosen} ({why})"
-    if line not in _said:
-        _said.add(line)
-        logger.info(line)
+    chosen = "recompute" if reasons else "one_pass"
+    if not torch.compiler.is_compiling():
+        why = " and ".join(reasons) or "the head is frozen, without bias and softcap"
+        line = f"linear_logp: {chosen} ({why})"
+        if line not in _said:
+            _said.add(line)
+            logger.info(line)
     return chosen
 
 
+def _shard(weight: Tensor, group: ProcessGroup | None, vocab_start: int | None) -> tuple[str, int]:
+    """The group's name, or "" without one, and the first row of this rank's part of the head."""
+    if group is None:
+        if vocab_start is not None:
+            raise ValueError("vocab_start is the place of this rank's part of the head: pass the group as well")
+        return "", 0
+    return group.group_name, group.rank() * weight.shape[0] if vocab_start is None else vocab_start
+
+
 def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, reference: Any
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    reference: Any,
+    *,
+    whole: bool,
 ) -> None:
     if isinstance(weight, torch.nn.Module):
         raise ValueError("weight must be the head's [V, D] tensor, not a module: pass head.weight of a plain Linear")
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor: gather it with full_tensor(), or pass the rows of to_local() and the group over "
+                "which they are split"
+            )
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"expected hidden [N, D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
@@ -182,7 +209,9 @@ def _check(
     n, v = hidden.shape[0], weight.shape[0]
     if labels.shape != (n,) or labels.is_floating_point():
         raise ValueError(f"expected integer labels [{n}], got {tuple(labels.shape)} of {labels.dtype}")
-    if n and labels.device.type == "cpu" and not (0 <= int(labels.min()) and int(labels.max()) < v):
+    # joining the ranks' parts checks the labels of a split head
+    check_labels = whole and n and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if check_labels and not (0 <= int(labels.min()) and int(labels.max()) < v):
         raise ValueError(
             f"labels must lie in 0..{v - 1}, got {int(labels.min())}..{int(labels.max())}; "
             "gather the valid positions (label != -100) first"
@@ -203,107 +232,3 @@ def _check(
             raise ValueError(f"reference hidden states must be {list(hidden.shape)}, got {list(reference.shape)}")
     elif reference is not None:
         raise ValueError(f"reference must be HeadStatistics or a tensor [N, D], got {type(reference).__name__}")
-
-
-# -- eager: the plain twin --------------------------------------------------------------------------------------------
-
-
-def _sum_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    logits = hidden.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _eager(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    reference: HeadStatistics | Tensor | None,
-    want_kl: bool,
-) -> HeadOutput:
-    dtype = _sum_dtype(hidden, weight)
-    logits = _logits(hidden, weight, bias, softcap, dtype)
-    lse = torch.logsumexp(logits, -1)
-    logp = logits.gather(-1, labels[:, None].long()).squeeze(-1) - lse
-    ref_logp = kl = None
-    if isinstance(reference, HeadStatistics):
-        ref_logp = reference.logp.detach().to(dtype)
-        if want_kl:
-            assert reference.mean_logit is not None and reference.mean_embedding is not None
-            mean = reference.mean_embedding.detach().to(dtype)
-            kl = (reference.mean_logit.detach().to(dtype) - row_dot(mean, hidden)) + (lse - reference.lse.to(dtype))
-    elif reference is not None:
-        with torch.no_grad():
-            ref_logits = _logits(reference, weight, bias, softcap, dtype)
-            ref_lse = torch.logsumexp(ref_logits, -1)
-            ref_logp = ref_logits.gather(-1, labels[:, None].long()).squeeze(-1) - ref_lse
-        if want_kl:
-            # Differences of logits, not of log-probs: exactly 0, and with gradient p - q exactly 0, on equal inputs.
-            probs = torch.exp(ref_logits - ref_lse[:, None])
-            kl = (probs * (ref_logits - logits)).sum(-1) + (lse - ref_lse)
-    return HeadOutput(logp, lse.detach(), ref_logp, kl)
-
-
-# -- one pass ---------------------------------------------------------------------------------------------------------
-
-
-class _OnePass(torch.autograd.Function):
-    """(hidden, weight, labels, statistics) -> logp, lse, kl. Saves g = W[y] − m and k = m − m_ref, not the head."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        ref_lse: Tensor | None,
-        mean_logit: Tensor | None,
-        mean_embedding: Tensor | None,
-        differentiate: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        swept = sweep_head(hidden, weight, labels, want_mean=differentiate)
-        kl = None
-        if mean_embedding is not None and mean_logit is not None and ref_lse is not None:
-            kl = (mean_logit - row_dot(mean_embedding, hidden)) + (swept.lse - ref_lse)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(swept.lse)
-        if differentiate:
-            assert swept.mean is not None
-            k = None if mean_embedding is None else swept.mean - mean_embedding
-            g = torch.sub(weight[labels].to(swept.mean.dtype), swept.mean, out=swept.mean)
-            ctx.save_for_backward(g, k)
-            ctx.dtype = hidden.dtype
-        return swept.target - swept.lse, swept.lse, kl
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_logp: Tensor | None, d_lse: None, d_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        g, k = ctx.saved_tensors
-        d_hidden = None if d_logp is None else d_logp[:, None] * g
-        if d_kl is not None:
-            d_hidden = d_kl[:, None] * k if d_hidden is None else d_hidden.addcmul_(d_kl[:, None], k)
-        return (None if d_hidden is None else d_hidden.to(ctx.dtype)), None, None, None, None, None, None
-
-
-def _one_pass(
-    hidden: Tensor, weight: Tensor, labels: Tensor, reference: HeadStatistics | Tensor | None, want_kl: bool
-) -> HeadOutput:
-    dtype = _sum_dtype(hidden, weight)
-    if isinstance(reference, Tensor):
-        # The same walk over the same shapes as the policy's, so that equal inputs give equal bits.
-        reference = head_statistics(reference.detach(), weight.detach(), labels, kl=want_kl)
-    ref_logp = None if reference is None else reference.logp.detach().to(dtype)
-    stats: tuple[Tensor | None, ...] = (None, None, None)
-    if reference is not None and want_kl:
-        assert reference.mean_logit is not None and reference.mean_embedding is not None
-        stats = tuple(t.detach().to(dtype) for t in (reference.lse, reference.mean_logit, reference.mean_embedding))
-    differentiate = hidden.requires_grad and torch.is_grad_enabled()
-    logp, lse, kl = _OnePass.apply(hidden, weight.detach(), labels, *stats, differentiate)
-    return HeadOutput(logp, lse, ref_logp, kl)

@@ -25,9 +25,14 @@ class Swept(NamedTuple):
     lse: Tensor
     """[N] logsumexp(W x)."""
     target: Tensor
-    """[N] logit of the label, from the same matmul as the sums, so that it never exceeds lse."""
+    """[N] logit of the label, from the same matmul as the sums, so that it never exceeds lse; 0 for labels outside."""
     mean: Tensor | None
     """[N, D] softmax(W x)ᵀ W."""
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of sums: float64 if any input is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -35,13 +40,21 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b.to(a.dtype)).sum(-1)
 
 
+def pick_labels(z: Tensor, labels: Tensor, first: int, target: Tensor) -> None:
+    """target [B] = z[:, label - first] where the label [B, 1] lies in the slice z [B, C] that begins at ``first``."""
+    spot = labels - first
+    inside = (spot >= 0) & (spot < z.shape[1])
+    torch.where(inside[:, 0], z.gather(1, spot.clamp(0, z.shape[1] - 1))[:, 0], target, out=target)
+
+
 @torch.no_grad()
 def sweep_head(hidden: Tensor, weight: Tensor, labels: Tensor, *, want_mean: bool) -> Swept:
     """logsumexp, label logit and (``want_mean``) mean head row of every token; float32, float64 from float64 inputs.
 
-    hidden [N, D], weight [V, D], labels [N]. Every sum runs over slices in one order, so results are deterministic.
+    hidden [N, D], weight [V, D], labels [N], which may lie outside 0..V-1 (in another rank's rows). Every sum runs over
+    slices in one order, so results are deterministic.
     """
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    dtype = sum_dtype(hidden, weight)
     n, d = hidden.shape
     lse, target = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
     mean = hidden.new_empty(n, d, dtype=dtype) if want_mean else None
@@ -64,6 +77,7 @@ def _sweep_block(
     """Fill lse [B], target [B] and mean [B, D] for the rows x [B, D]."""
     rows, vocabulary, width = x.shape[0], weight.shape[0], min(SLICE, weight.shape[0])
     labels = labels.long()[:, None]
+    target.zero_()
     offset = total = None
     for first in range(0, vocabulary, width):
         head = weight[first : first + width]
@@ -71,9 +85,7 @@ def _sweep_block(
             head = cast[: head.shape[0]].copy_(head)
         z = slab[: rows * head.shape[0]].view(rows, head.shape[0])
         torch.mm(x, head.T, out=z)
-        picked = z.gather(1, (labels - first).clamp(0, head.shape[0] - 1))[:, 0]
-        inside = ((labels >= first) & (labels < first + head.shape[0]))[:, 0]
-        torch.where(inside, picked, target if first else picked, out=target)
+        pick_labels(z, labels, first, target)
         if offset is None or total is None:
             # A fixed offset is exact while no logit rises far above it: a float keeps its relative precision.
             offset = z.amax(1)

@@ -52,7 +52,7 @@ def errors(out: HeadOutput, hidden: Tensor, truth: Truth) -> dict[str, float]:
     return {key: (a.double() - b).abs().max().item() for key, (a, b) in pairs.items()}
 
 
-def assert_close_to_truth(hidden: Tensor, weight: Tensor, labels: Tensor, ref: Tensor, factor: float = 3.0) -> None:
+def assert_close_to_truth(hidden: Tensor, weight: Tensor, labels: Tensor, ref: Tensor, factor: float = 2.0) -> None:
     """one_pass may err ``factor`` times what eager errs in the same dtype, plus a few roundings of the values' size."""
     truth = oracle(hidden, weight, labels, ref)
     hidden = hidden.clone().requires_grad_()
@@ -237,13 +237,14 @@ def test_per_token_coefficients_reach_the_gradient() -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_bias_and_softcap_in_eager_match_plain_torch() -> None:
+@pytest.mark.parametrize("impl", ["eager", "recompute"])
+def test_bias_and_softcap_match_plain_torch(impl: str) -> None:
     hidden, weight, labels, ref = make(8, 90, scale=4.0, seed=13, dtype=torch.float64)
     bias, cap = torch.randn(90, dtype=torch.float64), 5.0
     hidden.requires_grad_()
     weight.requires_grad_()
     bias.requires_grad_()
-    out = linear_logp(hidden, weight, labels, bias=bias, softcap=cap, reference=ref)
+    out = linear_logp(hidden, weight, labels, bias=bias, softcap=cap, reference=ref, impl=impl)
     log_p = torch.log_softmax(cap * torch.tanh((hidden @ weight.T + bias) / cap), -1)
     log_q = torch.log_softmax(cap * torch.tanh((ref @ weight.T + bias) / cap), -1).detach()
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -275,7 +276,7 @@ def test_scalars_only_statistics_skip_the_kl() -> None:
     assert linear_logp(hidden, weight, labels, reference=ref, kl=False).kl is None
 
 
-def test_a_trained_head_takes_eager_and_gets_its_gradient() -> None:
+def test_a_trained_head_gets_its_gradient() -> None:
     hidden, weight, labels, _ = make(5, 70, seed=16, dtype=torch.float64)
     weight.requires_grad_()
     out = linear_logp(hidden, weight, labels)
@@ -312,13 +313,14 @@ def test_auto_says_once_which_path_and_why(caplog: pytest.LogCaptureFixture, mon
     lines = [record.message for record in caplog.records]
     assert len(lines) == 2
     assert "one_pass" in lines[0] and "frozen" in lines[0]
-    assert "eager" in lines[1] and "soft-capped" in lines[1]
+    assert "recompute" in lines[1] and "soft-capped" in lines[1]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"impl": "recompute"}, "eager"),
+        ({"impl": "one_pass", "exact_kl": True, "reference": torch.zeros(3, 24)}, "exact_kl"),
+        ({"vocab_start": 3}, "group"),
         ({"impl": "fast"}, "one_pass"),
         ({"impl": "one_pass", "softcap": 5.0}, "soft-capped"),
         ({"impl": "one_pass", "bias": torch.zeros(20)}, "bias"),

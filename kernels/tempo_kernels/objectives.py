@@ -4,8 +4,9 @@
     out = objective(logp, ref_logp, kl, batch)          # per-pair losses [Q], rewards, metrics
     loss = out.losses.sum() / global_number_of_pairs
 
-Names and options are TRL's where TRL has them. The classes, with formula, source and ranges, are in
-``pair_objectives`` (functions of per-answer sums) and ``token_objectives`` (spans, token weights, full-vocabulary KL).
+Names and options are TRL's where TRL has them: a ``loss_type`` of its DPO, CPO or KTO trainer resolves, or the error
+names what is nearest to it here. The classes, with formula, source and ranges, are in ``pair_objectives`` (functions of
+per-answer sums) and ``token_objectives`` (spans, token weights, full-vocabulary KL).
 """
 
 from __future__ import annotations
@@ -26,6 +27,22 @@ _CLASSES: tuple[type[Objective], ...] = (
 )
 OBJECTIVES: dict[str, type[Objective]] = {c.name: c for c in _CLASSES}
 ALIASES = {"sigmoid": "dpo"}
+NEAR = {
+    "sigmoid_norm": "'ipo' (log-ratios per token) or 'simpo' (per token, no reference)",
+    "exo_pair": "'cdpo' (the same smoothed target, the other direction of the KL)",
+    "nca_pair": "'dpo' with sft_weight (which also holds the chosen answer up)",
+    "bco_pair": "'kto' (answers judged one by one)",
+    "sppo_hard": "'ipo' (squared distance to a margin)",
+    "aot": "'cdpo' (the same loss of each pair, without sorting over the batch)",
+    "aot_unpaired": "'cdpo' (the same loss of each pair, without sorting over the batch)",
+    "apo_zero": "'kto' (the same saturating loss, around the batch's mean)",
+    "apo_zero_unpaired": "'kto' (the same saturating loss, around the batch's mean)",
+    "apo_down": "'kto' (the same saturating loss, around the batch's mean)",
+    "discopop": "'dpo'",
+    "alphapo": "'simpo' (its limit at alpha = 0)",
+    "tpo-l": "'simpo' with simpo_gamma for tpo_l_gamma (and a gold answer's NLL as a loss of its own)",
+}
+"""loss_type of a TRL trainer that is no objective here -> the nearest one."""
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -39,6 +56,8 @@ def make_objective(name: str, **options: Any) -> Objective:
     Raises ValueError for an unknown name or option (naming the nearest known one) and for a value out of range.
     """
     key = ALIASES.get(name, name)
+    if key in NEAR:
+        raise ValueError(f"TRL's loss {name!r} is not among the objectives; nearest: {NEAR[key]}")
     if key not in OBJECTIVES:
         known = [*OBJECTIVES, *ALIASES]
         raise ValueError(f"unknown objective {name!r}; {_nearest(str(name), known)}{', '.join(known)}")

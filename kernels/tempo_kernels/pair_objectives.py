@@ -40,8 +40,9 @@ class _ReferencePair(Objective):
 class DPO(_ReferencePair):
     """-log s(β x) [+ sft_weight * NLL(y_w): RPO].
 
-    Source: Rafailov et al. 2305.18290, TRL ``loss_type="sigmoid"``; the SFT term as TRL's ``rpo_alpha`` (2404.19733).
-    With ``label_smoothing`` ε the loss is cDPO's. Options: beta > 0; sft_weight >= 0; label_smoothing in [0, 0.5).
+    Source: Rafailov et al. 2305.18290, TRL ``loss_type="sigmoid"``; the SFT term (2404.19733) as ``rpo_alpha`` of older
+    TRL, today ``loss_type=["sigmoid", "sft"]``, at one pair per micro-batch. With ``label_smoothing`` ε the loss is
+    cDPO's. Options: beta > 0; sft_weight >= 0; label_smoothing in [0, 0.5).
     """
 
     name: ClassVar[str] = "dpo"
@@ -56,7 +57,8 @@ class DPO(_ReferencePair):
 class CDPO(DPO):
     """-(1-ε) log s(β x) - ε log s(-β x): labels flipped with probability ε = ``label_smoothing``.
 
-    Source: Mitchell's cDPO note; TRL's sigmoid loss with ``label_smoothing``. Options: as dpo, label_smoothing 0.1.
+    Source: Mitchell's cDPO note; the sigmoid loss with ``label_smoothing`` of older TRL, today its ``aot`` on one pair.
+    Options: as dpo, label_smoothing 0.1.
     """
 
     name: ClassVar[str] = "cdpo"
@@ -235,6 +237,7 @@ class KTO(Objective):
 class SFT(Objective):
     """NLL(y): mean over the answer's tokens, one loss per record in ``batch.chosen``; ``batch.rejected`` is not read.
 
+    TRL's ``sft`` averages over the tokens of the micro-batch: the same for one record, or for equal lengths.
     No rewards: both are zeros. No options.
     """
 

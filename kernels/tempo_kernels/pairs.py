@@ -163,14 +163,14 @@ def pair_backward(
     x, labels = hidden.to(dtype), labels.long()[:, None]
     ref = None if reference is None or d_kl is None else reference.to(dtype)
     d_hidden = torch.zeros_like(x) if want_hidden else None
-    d_weight = torch.zeros_like(weight) if want_weight else None
+    d_weight = torch.empty_like(weight) if want_weight else None
     d_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
     if x.shape[0] == 0:
-        return d_hidden, d_weight, d_bias
+        return d_hidden, None if d_weight is None else d_weight.zero_(), d_bias
     head = _Head(weight, bias, softcap, dtype)
     slabs = _slabs(1 + (ref is not None) + (softcap is not None), head, x.shape[0], x)
     slice_sum = x.new_empty(head.width, x.shape[1]) if want_weight else None
-    bias_sum = x.new_empty(head.width) if d_bias is not None else None
+    bias_sum = x.new_zeros(weight.shape[0]) if d_bias is not None else None
     d_p = -d_logp if d_kl is None or ref is not None else d_kl - d_logp
     for first in head.slices():
         columns = head.rows.shape[0]
@@ -196,9 +196,9 @@ def pair_backward(
             if slice_sum is not None:
                 slice_sum[:columns].addmm_(g.T, x[rows], beta=1.0 if rows.start else 0.0)
             if bias_sum is not None:
-                bias_sum[:columns].mul_(1.0 if rows.start else 0.0).add_(g.sum(0))
+                bias_sum[first : first + columns] += g.sum(0)
         if d_weight is not None and slice_sum is not None:
             d_weight[first : first + columns] = slice_sum[:columns]
-        if d_bias is not None and bias_sum is not None:
-            d_bias[first : first + columns] = bias_sum[:columns]
+    if d_bias is not None and bias_sum is not None:
+        d_bias.copy_(bias_sum)
     return d_hidden, d_weight, d_bias

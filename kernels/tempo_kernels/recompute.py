@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tempo_kernels.backend import backend
-from tempo_kernels.statistics import HeadOutput, HeadStatistics
+from tempo_kernels.statistics import HeadOutput, HeadStatistics, output, reference_tensors
 from tempo_kernels.sweep import row_dot, sum_dtype
 
 
@@ -36,7 +36,7 @@ def _recompute(
     """logp, lse, kl, and the live reference's ref_logp and ref_lse: [N] or empty."""
     labels = labels - start if start else labels
     with torch.autocast(hidden.device.type, enabled=False):
-        walk = backend(hidden, weight).pair_forward
+        walk = backend(hidden, weight, reference).pair_forward
         lse, target, ref_lse, ref_target, cross = walk(hidden, reference, weight, labels, bias, softcap, want_kl)
     if group:
         from tempo_kernels.shards import add, join_lse, join_target
@@ -97,7 +97,7 @@ def _recompute_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (as summed), and of weight and bias in their dtypes; those not ``wanted`` are empty."""
     with torch.autocast(hidden.device.type, enabled=False):
-        d_hidden, d_weight, d_bias = backend(hidden, weight).pair_backward(
+        d_hidden, d_weight, d_bias = backend(hidden, weight, reference).pair_backward(
             hidden, reference, weight, labels - start if start else labels, bias, softcap, lse, ref_lse, d_logp, d_kl,
             want_hidden=wanted[0], want_weight=wanted[1], want_bias=wanted[2],
         )  # fmt: skip
@@ -177,17 +177,11 @@ def recompute_logp(
     start: int = 0,
 ) -> HeadOutput:
     """As :func:`tempo_kernels.head.linear_logp`, for any head."""
-    dtype = sum_dtype(hidden, weight)
-    live = reference.detach() if isinstance(reference, Tensor) else None
-    stats: tuple[Tensor | None, ...] = (None, None, None)
-    if isinstance(reference, HeadStatistics) and want_kl:
-        assert reference.mean_logit is not None and reference.mean_embedding is not None
-        stats = tuple(t.detach().to(dtype) for t in (reference.lse, reference.mean_logit, reference.mean_embedding))
     logp, lse, kl, ref_logp, _ = _recompute(
-        hidden, weight, bias, labels, softcap, live, *stats, want_kl, group, start
-    )
-    cached = reference.logp.detach().to(dtype) if isinstance(reference, HeadStatistics) else None
-    return HeadOutput(logp, lse, ref_logp if live is not None else cached, kl if want_kl else None)
+        hidden, weight, bias, labels, softcap, *reference_tensors(reference, want_kl, sum_dtype(hidden, weight)),
+        want_kl, group, start,
+    )  # fmt: skip
+    return output(logp, lse, ref_logp, kl, reference, want_kl)
 
 
 @torch.no_grad()

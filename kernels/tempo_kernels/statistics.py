@@ -129,6 +129,27 @@ class HeadOutput(NamedTuple):
     """[N] KL(ref || policy) over the whole vocabulary; differentiable. None without what it needs."""
 
 
+def reference_tensors(
+    reference: HeadStatistics | Tensor | None, want_kl: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What an operator takes of a reference: live hidden states, or lse, mean_logit and mean_embedding for the KL."""
+    if isinstance(reference, Tensor):
+        return reference.detach(), None, None, None
+    if reference is None or not want_kl:
+        return None, None, None, None
+    assert reference.mean_logit is not None and reference.mean_embedding is not None
+    lse, mean_logit, mean = reference.lse, reference.mean_logit, reference.mean_embedding
+    return None, lse.detach().to(dtype), mean_logit.detach().to(dtype), mean.detach().to(dtype)
+
+
+def output(
+    logp: Tensor, lse: Tensor, ref_logp: Tensor, kl: Tensor, reference: HeadStatistics | Tensor | None, want_kl: bool
+) -> HeadOutput:
+    """An operator's tensors as the caller sees them; ``ref_logp`` is that of a live reference."""
+    cached = reference.logp.detach().to(lse.dtype) if isinstance(reference, HeadStatistics) else None
+    return HeadOutput(logp, lse, ref_logp if isinstance(reference, Tensor) else cached, kl if want_kl else None)
+
+
 def head_digest(weight: Tensor, bias: Tensor | None = None) -> str:
     """SHA-256 of dtype, shape and bytes of weight [V, D] and bias [V]."""
     h = hashlib.sha256()

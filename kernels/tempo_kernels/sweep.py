@@ -70,6 +70,14 @@ def sweep_head(hidden: Tensor, weight: Tensor, labels: Tensor, *, want_mean: boo
     return Swept(lse, target, mean)
 
 
+def sweep_pair(
+    hidden: Tensor, reference: Tensor, weight: Tensor, labels: Tensor, *, want_mean: bool, want_ref_mean: bool
+) -> tuple[Swept, Swept]:
+    """:func:`sweep_head` of policy and reference [N, D]: the same walk twice, so that equal rows give equal bits."""
+    policy = sweep_head(hidden, weight, labels, want_mean=want_mean)
+    return policy, sweep_head(reference, weight, labels, want_mean=want_ref_mean)
+
+
 def _sweep_block(
     x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, target: Tensor, mean: Tensor | None, slab: Tensor,
     cast: Tensor | None,

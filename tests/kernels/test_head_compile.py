@@ -108,9 +108,12 @@ def test_the_operators_hold_what_they_declare() -> None:
     for want in (False, True):
         torch.library.opcheck(one_pass._statistics, (ref, frozen, labels, want, "", 0), test_utils=tests)
     for reference in (none, kept):
-        torch.library.opcheck(one_pass._one_pass, (hidden, frozen, labels, *reference, True, "", 0), test_utils=tests)
+        arguments = (hidden, frozen, labels, None, *reference, reference is kept, True, "", 0)
+        torch.library.opcheck(one_pass._one_pass, arguments, test_utils=tests)
         arguments = (hidden, frozen, bias.detach(), labels, None, None, *reference, reference is kept, "", 0)
         torch.library.opcheck(recompute._recompute, arguments, test_utils=tests)
+    arguments = (hidden, frozen, labels, ref, *none, True, True, "", 0)
+    torch.library.opcheck(one_pass._one_pass, arguments, test_utils=tests)
     arguments = (hidden, weight, bias, labels, 4.0, ref, *none, True, "", 0)
     torch.library.opcheck(recompute._recompute, arguments, test_utils=tests)
 

@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -63,15 +62,15 @@ class HeadStatistics(NamedTuple):
         }
         payload = save(tensors, header)
         target = Path(path)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(handle, "wb") as f:
+            with open(aside, "wb") as f:
                 f.write(payload)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(aside, target)
         except BaseException:
-            Path(aside).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -176,7 +175,7 @@ def _check(tensors: Mapping[str, Tensor], d: int | None, where: str) -> None:
     for name, value in tensors.items():
         shape: tuple[int, ...] = (n,)
         if name == "mean_embedding":
-            shape = (n, d if d is not None else value.shape[-1])
+            shape = (n, d if d is not None else value.shape[-1] if value.ndim else 0)
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise ValueError(
                 f"{where}: {name} must be {list(shape)} of {dtype}, got {list(value.shape)} of {value.dtype}"

@@ -72,8 +72,8 @@ def plain_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
             f"the head is a {type(head).__name__}, not a plain linear layer: leave lm_head out of the adapter's "
             "target_modules and modules_to_save, and do not quantise it"
         )
-    if head.weight.ndim != 2 or head.weight.numel() == 0:
-        raise ValueError("the head is sharded (ZeRO-3): gather it around the loss, or use ZeRO-2")
+    if head.weight.ndim != 2 or head.weight.numel() == 0 or hasattr(head.weight, "full_tensor"):
+        raise ValueError("the head is sharded (ZeRO-3, FSDP): gather it around the loss, or use ZeRO-2 or DDP")
     config = inner.config.get_text_config()
     for key in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1, 1.0):
@@ -113,7 +113,8 @@ def answer_logps(
     inputs: dict[str, Any],
     labels: Tensor,
     *,
-    reference: nn.Module | str | None = None,
+    reference: nn.Module | None = None,
+    adapter: str | None = None,
     adapters_off: bool = False,
     kl: bool = False,
     impl: str = "auto",
@@ -124,15 +125,18 @@ def answer_logps(
         model: policy; wrapped (DDP, DeepSpeed ZeRO-0 to 2, PEFT) or not.
         inputs: what the model takes besides labels, batch first; longer hidden states (visual tokens put in front)
             are cut to the last T positions.
-        reference: another model, run without gradient, or the name of another PEFT adapter of the policy; or
+        reference: another model, run without gradient; or ``adapter``: another PEFT adapter of the policy, by name; or
             ``adapters_off``: the policy with its PEFT adapters disabled. Any fills ``ref_logp``, and ``kl`` if asked.
         impl: as :func:`tempo_kernels.head.linear_logp`.
 
-    Raises ValueError for heads that cannot be used and for a reference with a head of its own where ``kl`` is asked.
+    Raises ValueError for heads that cannot be used, for a reference with a head of its own where ``kl`` is asked, and
+    for a policy that trains the head it shares with its reference.
     """
     row, before = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
     targets = labels[row, before + 1]
     weight, bias, softcap = plain_head(model)
+    if weight.requires_grad and (adapters_off or adapter is not None):
+        raise ValueError("the head trains, so the model with its adapters off is no reference: freeze the head")
 
     def gathered(of: nn.Module) -> Tensor:
         states = hidden_states(of, **inputs)[:, -labels.shape[1] :]
@@ -140,14 +144,12 @@ def answer_logps(
 
     hidden = gathered(model)
     ref_hidden = ref_logp = None
-    if reference is not None or adapters_off:
-        source = reference if isinstance(reference, nn.Module) else model
-        switched = _adapter(model, reference) if source is model else nullcontext()
-        with torch.no_grad(), _evaluating(source), switched:
+    if reference is not None or adapter is not None or adapters_off:
+        source = model if reference is None else reference
+        with as_reference(source, adapter=adapter, adapters_off=adapters_off):
             ref_hidden = gathered(source)
             ref_weight, ref_bias, ref_cap = plain_head(source)
-        same_head = ref_weight is weight or (ref_weight.shape == weight.shape and torch.equal(ref_weight, weight))
-        if not same_head or (ref_bias is None) != (bias is None) or ref_cap != softcap:
+        if not _same(ref_weight, weight) or not _same(ref_bias, bias) or ref_cap != softcap:
             if kl:
                 raise ValueError("the exact KL needs a reference with the policy's own (frozen) head")
             with torch.no_grad():
@@ -157,6 +159,24 @@ def answer_logps(
         hidden, weight, targets, bias=bias, softcap=softcap, reference=ref_hidden, impl=impl, kl=kl
     )
     return Answers(out.logp, row, before + 1, labels.shape[0], ref_logp if ref_hidden is None else out.ref_logp, out.kl)
+
+
+def _same(reference: Tensor | None, policy: Tensor | None) -> bool:
+    """Equal by value. One that trains leaves the reference's after a step: not worth reading both to find out."""
+    if reference is policy:
+        return True
+    if reference is None or policy is None or policy.requires_grad or reference.shape != policy.shape:
+        return False
+    return torch.equal(reference, policy)
+
+
+@contextmanager
+def as_reference(model: nn.Module, *, adapter: str | None = None, adapters_off: bool = False) -> Iterator[None]:
+    """Without gradient and dropout, with another adapter active or none; all is put back. Raises ValueError without
+    PEFT adapters to switch."""
+    switched = _adapter(model, adapter) if adapters_off or adapter is not None else nullcontext()
+    with torch.no_grad(), _evaluating(model), switched:
+        yield
 
 
 @contextmanager
@@ -172,7 +192,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _adapter(model: nn.Module, name: nn.Module | str | None) -> Iterator[None]:
+def _adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """The policy with its PEFT adapter ``name`` active, or with none."""
     inner: Any = model
     while not hasattr(inner, "disable_adapter"):

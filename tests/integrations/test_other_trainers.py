@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,30 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempo_fast.integrations import llama_factory, ms_swift, trl
+from tempo_fast.integrations import llama_factory, ms_swift
 from tempo_fast.integrations.answers import answer_logps, hidden_states, plain_head, unwrap
-from tempo_kernels.objectives import make_objective
 
 VOCABULARY = 61
-
-
-def make_model(seed: int = 0) -> Any:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.3,
-    )
-    return Qwen2ForCausalLM(config).eval()
-
-
-def with_adapter(model: Any, **options: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": False, **options}
-    return get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj", "down_proj"], **settings}))
+Make = Callable[..., Any]
 
 
 def make_batch(seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
@@ -60,7 +41,7 @@ def plain_logps(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> tuple[
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("impl", ["one_pass", "eager"])
-def test_log_probs_equal_log_softmax_and_gather(adapter: bool, impl: str) -> None:
+def test_log_probs_equal_log_softmax_and_gather(adapter: bool, impl: str, make_model: Make, with_adapter: Make) -> None:
     model = make_model().requires_grad_(False)
     if adapter:
         model = with_adapter(model)
@@ -73,7 +54,7 @@ def test_log_probs_equal_log_softmax_and_gather(adapter: bool, impl: str) -> Non
     assert torch.equal(labels[found.row, found.position], labels[:, 1:][mask])
 
 
-def test_adapter_gradients_equal_the_plain_way() -> None:
+def test_adapter_gradients_equal_the_plain_way(make_model: Make, with_adapter: Make) -> None:
     model = with_adapter(make_model())
     inputs, labels = make_batch()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -84,7 +65,7 @@ def test_adapter_gradients_equal_the_plain_way() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_stays_as_it_was() -> None:
+def test_the_model_stays_as_it_was(make_model: Make, with_adapter: Make) -> None:
     model = with_adapter(make_model()).train()
     model.base_model.model.model.layers[0].eval()
     modes = [m.training for m in model.modules()]
@@ -96,7 +77,7 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adapters_off", "model"])
-def test_reference_log_probs_and_kl(kind: str) -> None:
+def test_reference_log_probs_and_kl(kind: str, make_model: Make, with_adapter: Make) -> None:
     base, model = make_model(), with_adapter(make_model())
     inputs, labels = make_batch()
     options: dict[str, Any] = {"adapters_off": True} if kind == "adapters_off" else {"reference": base}
@@ -108,7 +89,7 @@ def test_reference_log_probs_and_kl(kind: str) -> None:
     assert found.kl.max() > 1e-3  # the adapter does something
 
 
-def test_another_adapter_of_the_policy_as_reference() -> None:
+def test_another_adapter_of_the_policy_as_reference(make_model: Make, with_adapter: Make) -> None:
     model = with_adapter(make_model())
     model.add_adapter("ref", model.peft_config["default"])
     torch.manual_seed(3)
@@ -117,7 +98,7 @@ def test_another_adapter_of_the_policy_as_reference() -> None:
             torch.nn.init.normal_(parameter, std=0.1)
     inputs, labels = make_batch()
     trains = [p.requires_grad for p in model.parameters()]
-    found = answer_logps(model, inputs, labels, reference="ref")
+    found = answer_logps(model, inputs, labels, adapter="ref")
     assert [p.requires_grad for p in model.parameters()] == trains and model.active_adapter == "default"
     model.set_adapter("ref")
     expected, mask = plain_logps(model, inputs, labels)
@@ -126,7 +107,7 @@ def test_another_adapter_of_the_policy_as_reference() -> None:
     torch.testing.assert_close(found.logp, plain_logps(model, inputs, labels)[0][mask], rtol=1e-5, atol=1e-5)
 
 
-def test_a_reference_with_another_head_gives_log_probs_but_no_kl() -> None:
+def test_a_reference_with_another_head_gives_log_probs_but_no_kl(make_model: Make, with_adapter: Make) -> None:
     other, model = make_model(5), with_adapter(make_model())
     inputs, labels = make_batch()
     expected, mask = plain_logps(other, inputs, labels)
@@ -136,7 +117,7 @@ def test_a_reference_with_another_head_gives_log_probs_but_no_kl() -> None:
         answer_logps(model, inputs, labels, reference=other, kl=True)
 
 
-def test_heads_that_would_lie_are_refused() -> None:
+def test_heads_that_would_lie_are_refused(make_model: Make, with_adapter: Make) -> None:
     with pytest.raises(ValueError, match="target_modules"):
         plain_head(with_adapter(make_model(), target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="modules_to_save"):
@@ -154,7 +135,7 @@ def test_heads_that_would_lie_are_refused() -> None:
         answer_logps(make_model(), inputs, labels, adapters_off=True)
 
 
-def test_a_wrapped_model_is_called_through_its_wrapper() -> None:
+def test_a_wrapped_model_is_called_through_its_wrapper(make_model: Make, with_adapter: Make) -> None:
     """Gradient synchronisation lives in the wrapper's forward."""
 
     class Wrapper(torch.nn.Module):
@@ -178,7 +159,7 @@ def test_a_wrapped_model_is_called_through_its_wrapper() -> None:
 
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"]])
 @pytest.mark.parametrize("is_ref", [False, True])
-def test_ms_swift_gets_what_its_loss_expects(loss_type: list[str], is_ref: bool) -> None:
+def test_ms_swift_gets_what_its_loss_expects(loss_type: list[str], is_ref: bool, make_model: Make) -> None:
     class Trainer(ms_swift.HiddenLogpsMixin):
         def __init__(self) -> None:
             self.template = SimpleNamespace(padding_free=False, sequence_parallel_size=1)
@@ -203,7 +184,7 @@ def test_ms_swift_gets_what_its_loss_expects(loss_type: list[str], is_ref: bool)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
-def test_llama_factory_gets_what_its_loss_expects(loss_type: str) -> None:
+def test_llama_factory_gets_what_its_loss_expects(loss_type: str, make_model: Make) -> None:
     class Trainer(llama_factory.HiddenLogpsMixin):
         ld_alpha = None
 
@@ -222,115 +203,6 @@ def test_llama_factory_gets_what_its_loss_expects(loss_type: str) -> None:
     trainer.ld_alpha = 0.5
     with pytest.raises(ValueError, match="ld_alpha"):
         trainer.concatenated_forward(model, {**inputs, "labels": labels})
-
-
-def trl_arguments(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{"beta": 0.3, "loss_type": ["sigmoid"], "label_smoothing": 0.0, **changes})
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-class Host(trl.ObjectiveMixin):
-    """The attributes of TRL's trainer that the mixin touches."""
-
-    def __init__(self, model: Any, **changes: Any) -> None:
-        self.model, self.ref_model, self.args = model, None, trl_arguments(**changes)
-        self._metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._total_train_tokens = 0
-        self.accelerator = SimpleNamespace(gather=_same, gather_for_metrics=_same, unwrap_model=_same)
-
-
-def trl_inputs() -> tuple[dict[str, Tensor], Tensor]:
-    inputs, labels = make_batch()
-    return {**inputs, "completion_mask": (labels != -100).long()}, labels
-
-
-def test_trl_sigmoid_loss_equals_plain_dpo() -> None:
-    base, model = make_model(), with_adapter(make_model()).train()
-    inputs, labels = trl_inputs()
-    host = Host(model)
-    loss = host._compute_loss(model, inputs)
-    d = (plain_logps(model, make_batch()[0], labels)[0] - plain_logps(base, make_batch()[0], labels)[0]).sum(1)
-    expected = -torch.nn.functional.logsigmoid(0.3 * (d[:2] - d[2:])).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    metrics = host._metrics["train"]
-    assert metrics["rewards/margins"] == pytest.approx([0.3 * (d[:2] - d[2:]).mean().item()], rel=1e-4)
-    assert metrics["num_tokens"] == [int(inputs["attention_mask"].sum())]
-    assert loss.requires_grad
-
-
-def test_trl_with_an_objective_of_spans_and_kl() -> None:
-    class Trainer(Host):
-        objective = make_objective("rrpo", beta=0.5, alpha=0.1)
-
-    model = with_adapter(make_model())
-    inputs, labels = trl_inputs()
-    spans = torch.randint(0, 2, labels.shape, generator=torch.Generator().manual_seed(0))
-    host = Trainer(model)
-    loss = host._compute_loss(model, {**inputs, "spans": spans})
-    found = answer_logps(model, make_batch()[0], labels, adapters_off=True, kl=True)
-    assert found.ref_logp is not None and found.kl is not None
-    marked = (found.logp - found.ref_logp) * spans[found.row, found.position]
-    u = [marked[found.row == i].sum() for i in range(4)]
-    k = [found.kl[found.row == i].sum() for i in range(4)]
-    expected = sum(-torch.nn.functional.logsigmoid(0.5 * (u[i] - u[i + 2])) + 0.1 * k[i] for i in range(2)) / 2
-    torch.testing.assert_close(loss, expected)
-    assert host._metrics["eval"]["kl/chosen"] or host._metrics["train"]["kl/chosen"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"ld_alpha": 0.5}, "ld_alpha"),
-        ({"precompute_ref_log_probs": True}, "precompute"),
-        ({"f_divergence_type": "js_divergence"}, "reverse_kl"),
-        ({"loss_type": ["discopop"]}, "discopop"),
-        ({"loss_type": ["sigmoid", "sft"]}, "sft"),
-    ],
-)
-def test_trl_arguments_are_never_dropped_in_silence(changes: dict[str, Any], words: str) -> None:
-    model = make_model()
-    with pytest.raises(ValueError, match=words):
-        Host(model, **changes)._compute_loss(model, trl_inputs()[0])
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust"])
-def test_trl_itself_computes_the_same_loss(loss_type: str, tmp_path: Any) -> None:
-    """The real trainer with and without the mixin, on the same batch (where TRL is installed)."""
-    pytest.importorskip("trl")
-    from trl import DPOConfig, DPOTrainer
-
-    class Ours(trl.ObjectiveMixin, DPOTrainer):
-        pass
-
-    inputs, _ = trl_inputs()
-    losses = []
-    for cls in (DPOTrainer, Ours):
-        losses.append(_trl_loss(cls, DPOConfig, loss_type, inputs, tmp_path))
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
-
-
-def _trl_loss(cls: Any, config: Any, loss_type: str, inputs: dict[str, Tensor], folder: Any) -> Tensor:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="t1", pad_token="t2", unk_token="t0")
-    rows = Dataset.from_list([{"prompt": "t3", "chosen": "t4", "rejected": "t5"}] * 2)
-    args = config(
-        output_dir=str(folder), loss_type=loss_type, beta=0.3, label_smoothing=0.1 if loss_type == "robust" else 0.0,
-        report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
-    )
-    trainer = cls(model=with_adapter(make_model()), args=args, train_dataset=rows, processing_class=tokenizer)
-    torch.manual_seed(2)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_" in name and ".ref." not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return trainer._compute_loss(trainer.model, dict(inputs), False).detach()
 
 
 def test_nothing_of_the_trainers_is_imported() -> None:

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-NAMES = {"head": "per-token log-prob and KL of the loss head, forward and backward"}
+NAMES = {
+    "head": "per-token log-prob and KL of the loss head, forward and backward",
+    "gpu": "what to run in the minutes that a GPU is at hand: CUDA tests, then head at large shapes",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

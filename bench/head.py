@@ -1,142 +1,292 @@
-"""``python -m bench head``: what a preference step pays in the loss head, one_pass against eager.
+"""``python -m bench head``: what a preference step pays in the loss head, ours beside every peer that is installed.
 
-A case is forward and backward of one loss over N response tokens in 4 pairs: dpo needs log-ratios, rrpo also the exact
-KL of every token; ``live`` evaluates the reference's hidden states under the head, ``cached`` reads its statistics.
-Inputs (hidden states, head, statistics) are made before and not counted.
+Cases in ``bench.cases``, implementations in ``bench.impls``, where each states its matmuls over the head: F = 2·N·V·D
+FLOP. ``tflops`` divides those by the median time, so it compares how well each uses the machine, not the methods; times
+compare the methods. A combination that does not exist here is a row with ``skipped`` and the reason.
 
-FLOP a method has to spend, F = 2·N·V·D (one matmul over the head):
-
-              eager                                 one_pass
-  dpo_live    3F  logits, ref logits, dX            3F  sums + mean, ref sums
-  dpo_cached  2F  logits, dX                        2F  sums + mean
-  rrpo_live   3F  logits, ref logits, dX            4F  sums + mean, ref sums + mean
-  rrpo_cached 2F  logits, dX                        2F  sums + mean
-
-``tflops`` divides these by the median time, so it compares how well each method uses the machine, not the methods.
-``error`` is against float64 on the first tokens: largest absolute error of logp and kl, relative error (norms) of the
-gradients of logp and kl.
+``error`` is against float64 on --error-tokens tokens: ``logp`` and ``kl`` largest absolute errors (the mean one where
+only a sum comes out), ``d_logp``, ``d_kl``, ``d_loss`` and ``d_weight`` relative errors (norms) of the gradients of
+their sums and of the case's loss. ``kl`` and ``d_kl`` stand per level of KL.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
-from bench.measure import environment, interleaved, peak_mib, table, write
-from tempo_kernels.head import HeadStatistics, head_statistics, linear_logp
-from tempo_kernels.objectives import BranchBatch, make_objective
-from tempo_kernels.oracle import oracle
+from bench.cases import CASES, KL_LEVELS, PAIRS, Case, Inputs, make_inputs, make_weight, truth_of
+from bench.impls import ALL, Impl, select
+from bench.impls.base import Refused, Step
+from bench.measure import Deadline, Laps, environment, interleaved, limit, peak_mib, synchronize, table, write
+from tempo_kernels.oracle import Truth
 
-PASSES = {
-    "dpo_live": {"eager": 3, "one_pass": 3},
-    "dpo_cached": {"eager": 2, "one_pass": 2},
-    "rrpo_live": {"eager": 3, "one_pass": 4},
-    "rrpo_cached": {"eager": 2, "one_pass": 2},
-}
-IMPLS = ("eager", "one_pass")
-PAIRS = 4
-
-
-def make_inputs(n: int, v: int, d: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Random policy and reference states with logits of unit size and a KL of about 1e-3, on ``device``."""
-    g = torch.Generator().manual_seed(0)
-    ref = torch.randn(n, d, generator=g)
-    hidden = ref + 0.045 * torch.randn(n, d, generator=g)
-    weight = torch.randn(v, d, generator=g) / d**0.5
-    labels = torch.randint(0, v, (n,), generator=g).to(device)
-    ref, hidden, weight = (t.to(dtype).to(device) for t in (ref, hidden, weight))
-    branch = (torch.arange(n) * 2 * PAIRS // n).to(device)
-    ids = torch.arange(PAIRS, device=device)
-    spans = torch.randint(0, 3, (n,), generator=g).to(device)
-    batch = BranchBatch(branch, 2 * PAIRS, 2 * ids, 2 * ids + 1, spans=spans)
-    return {"hidden": hidden, "weight": weight, "labels": labels, "ref": ref, "batch": batch}
+COLUMNS = (
+    "case", "impl", "ms", "ms_min", "ms_max", "ms_cpu", "forward.ms", "backward.ms", "tflops", "peak_mib",
+    "error.logp", "error.d_logp", "error.d_loss",
+)  # fmt: skip
+Row = dict[str, Any]
+NO_TIME = "no time left"
 
 
-def one_call(case: str, impl: str, inputs: dict[str, Any], cached: HeadStatistics) -> Callable[[], Tensor]:
-    """Forward and backward of the case; returns the gradient of the hidden states."""
-    objective = make_objective(case.split("_")[0], beta=0.1)
-    reference = cached if case.endswith("cached") else inputs["ref"]
+@dataclass
+class Setting:
+    """Where and how long to measure."""
 
-    def call() -> Tensor:
-        hidden = inputs["hidden"].detach().requires_grad_()
-        out = linear_logp(
-            hidden, inputs["weight"], inputs["labels"], reference=reference, impl=impl, kl=objective.needs_kl
-        )
-        loss = objective(out.logp, out.ref_logp, out.kl, inputs["batch"]).losses.mean()
-        return torch.autograd.grad(loss, hidden)[0]
+    device: str
+    repetitions: int
+    deadline: Deadline | None = None
+    warm_up_s: float = 600.0
+    """Most that one implementation may take to compile and run first."""
 
-    return call
-
-
-def errors(case: str, impl: str, inputs: dict[str, Any], cached: HeadStatistics, truth: Any) -> dict[str, float]:
-    """On the tokens the truth covers. Statistics are row-wise, so the first rows of them serve."""
-    m = truth.logp.shape[0]
-    hidden = inputs["hidden"][:m].detach().requires_grad_()
-    reference: Any = inputs["ref"][:m]
-    if case.endswith("cached"):
-        reference = HeadStatistics(*(t[:m] for t in cached))
-    kl = case.startswith("rrpo")
-    out = linear_logp(hidden, inputs["weight"], inputs["labels"][:m], reference=reference, impl=impl, kl=kl)
-    d_logp = torch.autograd.grad(out.logp.sum(), hidden, retain_graph=True)[0].double()
-    found = {
-        "logp": (out.logp.double() - truth.logp).abs().max().item(),
-        "d_logp": ((d_logp - truth.d_logp).norm() / truth.d_logp.norm()).item(),
-    }
-    if kl and out.kl is not None:
-        d_kl = torch.autograd.grad(out.kl.sum(), hidden)[0].double()
-        found["kl"] = (out.kl.double() - truth.kl).abs().max().item()
-        found["d_kl"] = ((d_kl - truth.d_kl).norm() / truth.d_kl.norm()).item()
-        found["mean_kl"] = truth.kl.mean().item()
-    return found
+    def seconds(self) -> float:
+        """That, or what is left of the time."""
+        return self.warm_up_s if self.deadline is None else min(self.warm_up_s, self.deadline.left())
 
 
-def main(arguments: list[str]) -> int:
+class ErrorCheck:
+    """A few tokens at every KL level, and float64's word on them."""
+
+    def __init__(self, weight: Tensor, tokens: int) -> None:
+        self.inputs = make_inputs(tokens, weight, mixed=True)
+        self.truth: Truth = truth_of(self.inputs)
+        self._gradients: dict[str, tuple[Tensor, ...]] = {}
+
+    def gradients(self, case: Case) -> tuple[Tensor, ...]:
+        """Of the case's loss, in float64."""
+        if case.name not in self._gradients:
+            step = ALL["eager"].step(case, self.inputs.double())
+            self._gradients = {case.name: step()}  # one case's are large enough
+        return self._gradients[case.name]
+
+    def of(self, impl: Impl, case: Case) -> dict[str, Any]:
+        inputs, truth = self.inputs, self.truth
+        step = impl.step(case, inputs)
+        gradients, expected = step(), self.gradients(case)
+        found: dict[str, Any] = {"d_loss": relative(step.unpack(gradients[0]), expected[0])}
+        if case.trained:
+            found["d_weight"] = relative(gradients[1], expected[1])
+        del gradients, step
+        hidden = inputs.hidden.detach().requires_grad_()
+        logp = impl.outputs(case, hidden, inputs.weight, inputs)[0]
+        if logp is not None:
+            per_token = logp.ndim == 1
+            off = logp.double() - (truth.logp if per_token else truth.logp.sum())
+            found["logp"] = off.abs().max().item() / (1 if per_token else len(truth.logp))
+            found["d_logp"] = relative(torch.autograd.grad(logp.sum(), hidden)[0], truth.d_logp)
+        kl = impl.outputs(case, hidden, inputs.weight, inputs)[2] if case.kl else None
+        if kl is not None:
+            assert truth.kl is not None and truth.d_kl is not None and inputs.levels is not None
+            d_kl = torch.autograd.grad(kl.sum(), hidden)[0]
+            found["kl_levels"] = [
+                {
+                    "kl_mean": truth.kl[at].mean().item(),
+                    "kl": (kl.double() - truth.kl)[at].abs().max().item(),
+                    "d_kl": relative(d_kl[at], truth.d_kl[at]),
+                }
+                for at in (inputs.levels == level for level in range(len(KL_LEVELS)))
+            ]
+        return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def measure_case(
+    case: Case,
+    impls: Sequence[Impl],
+    inputs: Inputs,
+    check: ErrorCheck | None,
+    setting: Setting,
+    again: Sequence[str] = (),
+) -> list[Row]:
+    """A row per implementation, in order. Those named in ``again`` run twice; the second row shows the noise."""
+    device, deadline = setting.device, setting.deadline
+    shape = (inputs.hidden.shape[0], *inputs.weight.shape)
+    torch._dynamo.reset()  # its limit of recompilations would otherwise turn later cases into eager ones
+    rows: list[Row] = []
+    running: list[tuple[Row, Impl, Step]] = []
+    for impl in impls:
+        row = new_row(case, impl, shape, inputs.weight.dtype)
+        rows.append(row)
+        step, reason = _warm(impl, case, inputs, setting)
+        if step is None:
+            row["skipped"] = reason
+            continue
+        running.append((row, impl, step))
+        if impl.name in again:
+            rows.append({**row, "impl": f"{impl.name}_again"})
+            running.append((rows[-1], impl, step))
+    for entry in list(running):  # what compiles may do so anew once the others have run
+        if setting.seconds() <= 0:
+            break
+        try:
+            with limit(setting.warm_up_s):
+                entry[2]()
+        except Exception as problem:
+            entry[0]["skipped"] = _sentence(problem)
+            running.remove(entry)
+    until = None if deadline is None else lambda: deadline.left() <= 0
+    times = interleaved([step for _, _, step in running], setting.repetitions, device, until)
+    f = 2.0 * shape[0] * shape[1] * shape[2]
+    for (row, impl, step), measured in zip(running, times, strict=True):
+        forward, backward = impl.gemms(case)
+        row["repetitions"] = len(measured.both.wall)
+        row["gemms"] = [forward, backward]
+        row.update(_summary(measured.both, (forward + backward) * f))
+        row["forward"] = _summary(measured.forward, forward * f)
+        row["backward"] = _summary(measured.backward, backward * f)
+        row["peak_mib"] = peak_mib(step, device)
+    running.clear()
+    for row in rows:
+        if check is not None and "ms" in row and row["impl"] in ALL:
+            row["error"] = _errors(check, ALL[row["impl"]], case, setting)
+    _free(device)
+    return rows
+
+
+def new_row(case: Case, impl: Impl, shape: Sequence[int], dtype: torch.dtype) -> Row:
+    name = str(dtype).removeprefix("torch.")
+    return {"case": case.name, "impl": impl.name, "shape": list(shape), "dtype": name}
+
+
+def _summary(laps: Laps, flop: float) -> dict[str, float]:
+    found = laps.summary()
+    return {**found, "tflops": flop / found["ms"] / 1e9}
+
+
+def _warm(impl: Impl, case: Case, inputs: Inputs, setting: Setting) -> tuple[Step | None, str]:
+    """The step after its first calls, or None and why there is none."""
+    if setting.seconds() <= 0:
+        return None, NO_TIME
+    reason = impl.absent(setting.device, inputs.weight.dtype)
+    if reason is not None:
+        return None, reason
+    try:
+        with limit(setting.seconds()):
+            step = impl.step(case, inputs)
+            for _ in range(2):  # the second may compile for what the first left behind
+                step()
+            synchronize(setting.device)
+        return step, ""
+    except Exception as problem:  # a peer may fail in any way; the others still run
+        _free(setting.device)
+        return None, _sentence(problem)
+
+
+def _errors(check: ErrorCheck, impl: Impl, case: Case, setting: Setting) -> dict[str, Any]:
+    if setting.seconds() <= 0:
+        return {"failed": NO_TIME}
+    try:
+        with limit(setting.seconds()):
+            return check.of(impl, case)
+    except Exception as problem:  # the times stand all the same
+        return {"failed": _sentence(problem)}
+
+
+def _sentence(problem: Exception) -> str:
+    if isinstance(problem, Refused):
+        return str(problem)
+    first = next(iter(str(problem).strip().splitlines()), "")
+    if isinstance(problem, ValueError):
+        return f"refused: {first}"
+    if isinstance(problem, TimeoutError):
+        return f"compiling and the first calls {first}"
+    return f"failed: {type(problem).__name__}: {first}"
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def failed(rows: Sequence[Row]) -> list[Row]:
+    """Rows of ours that broke, which a refusal is not."""
+
+    def words(row: Row) -> str:
+        return str(row.get("skipped") or row.get("error", {}).get("failed", ""))
+
+    return [row for row in rows if words(row).startswith("failed") and ALL[row["impl"]].ours]
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Tables of what was measured: times and memory, then the KL's errors, then what was skipped and why."""
+    done = [row for row in rows if "ms" in row]
+    parts = [table(done, COLUMNS)]
+    levels = [
+        {"case": row["case"], "impl": row["impl"], **level}
+        for row in done
+        for level in row.get("error", {}).get("kl_levels", [])
+    ]
+    if levels:
+        parts.append(table(levels, ("case", "impl", "kl_mean", "kl", "d_kl")))
+    parts.append(skips(rows))
+    return "\n\n".join(part for part in parts if part)
+
+
+def skips(rows: Sequence[Row]) -> str:
+    """A line per implementation and reason, with the cases where it is not all of them."""
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        if "skipped" in row:
+            reasons.setdefault((row["impl"], row["skipped"]), {})[row["case"]] = None
+    everything = {row["case"] for row in rows}
+    return "\n".join(
+        f"skipped {impl}: {why}" + ("" if set(cases) == everything else f" ({', '.join(cases)})")
+        for (impl, why), cases in reasons.items()
+    )
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench head", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", help="also write the rows to this file, as they come")
     parser.add_argument("--n", type=int, default=128, help="response tokens (default 128)")
     parser.add_argument("--v", type=int, default=32000, help="vocabulary (default 32000)")
     parser.add_argument("--d", type=int, default=256, help="hidden size (default 256)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--cases", nargs="+", choices=tuple(PASSES), default=list(PASSES))
-    parser.add_argument("--error-tokens", type=int, default=16, help="tokens compared with float64 (default 16)")
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--impls", nargs="+", help=f"of {', '.join(ALL)}; liger_chunked is all of its settings")
+    parser.add_argument("--again", nargs="*", default=[], help="implementations to run twice, for the noise")
+    parser.add_argument("--error-tokens", type=int, default=24, help="compared with float64 (default 24; 0 is none)")
     args = parser.parse_args(arguments)
     if args.n < 2 * PAIRS or args.v < 2 or args.d < 1 or args.repetitions < 1:
         parser.error(f"--n must be at least {2 * PAIRS}, --v 2, --d 1, --repetitions 1")
+    if args.error_tokens and args.error_tokens < 2 * PAIRS:
+        parser.error(f"--error-tokens must be 0 or at least {2 * PAIRS}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
+    try:
+        args.impls = select(args.impls)
+        select(args.again)
+    except ValueError as problem:
+        parser.error(str(problem))
+    return args
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-
     env = environment(args.device)
-    inputs = make_inputs(args.n, args.v, args.d, getattr(torch, args.dtype), args.device)
-    cached = head_statistics(inputs["ref"], inputs["weight"], inputs["labels"])
-    m = min(args.error_tokens, args.n)
-    truth = oracle(inputs["hidden"][:m], inputs["weight"], inputs["labels"][:m], inputs["ref"][:m])
-    pairs = [(case, impl) for case in args.cases for impl in IMPLS]
-    calls = [one_call(case, impl, inputs, cached) for case, impl in pairs]
-    times = interleaved(calls, args.repetitions, args.device)
-    rows = []
-    for (case, impl), call, ms in zip(pairs, calls, times, strict=True):
-        median = statistics.median(ms.wall)
-        flop = PASSES[case][impl] * 2 * args.n * args.v * args.d
-        rows.append(
-            {
-                "case": case, "impl": impl, "shape": [args.n, args.v, args.d], "dtype": args.dtype,
-                "repetitions": args.repetitions, "ms": median, "ms_min": min(ms.wall), "ms_max": max(ms.wall),
-                "ms_cpu": statistics.median(ms.cpu),
-                "peak_mib": peak_mib(call, args.device), "tflops": flop / median / 1e9,
-                "error": errors(case, impl, inputs, cached, truth),
-            }
-        )
+    weight = make_weight(args.v, args.d, getattr(torch, args.dtype), args.device)
+    inputs = make_inputs(args.n, weight)
+    check = ErrorCheck(weight, args.error_tokens) if args.error_tokens else None
+    setting = Setting(args.device, args.repetitions)
+    rows: list[Row] = []
+    for name in args.cases:
+        rows += measure_case(CASES[name], args.impls, inputs, check, setting, args.again)
+        write(args.json, env, rows)
     print(f"N x V x D = {args.n} x {args.v} x {args.d}, {args.dtype}, {env['machine']}, {env['threads']} threads")
-    print(table(rows, ("case", "impl", "ms", "ms_min", "ms_max", "ms_cpu", "peak_mib", "tflops", "error")))
-    write(args.json, env, rows)
-    return 0
+    print(report(rows))
+    return 1 if failed(rows) else 0

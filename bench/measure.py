@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 MEMORY_NOTE = {
     "cpu": "peak of live bytes of torch's CPU allocator over the state before the call, from the profiler's memory "
     "events; a BLAS library's own scratch is not in it",
     "cuda": "torch.cuda.max_memory_allocated over memory_allocated before the call",
 }
+TIME_NOTE = {
+    "cpu": "ms is wall clock; ms_cpu the CPU time of all threads, which stays comparable on a machine that others load",
+    "cuda": "ms is between CUDA events, after a write of four times the L2 cache; ms_cpu is the host's CPU time",
+}
+PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "transformers")
 
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, machine, threads, load and commit: what a number cannot be read without."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": device,
         "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "driver": _output(*driver) if device == "cuda" else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "commit": done.stdout.strip() or None,
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _output("git", "describe", "--always", "--dirty"),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "time": TIME_NOTE[device],
         "peak_mib": MEMORY_NOTE[device],
     }
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
@@ -51,42 +80,149 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-class Times(NamedTuple):
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+class Step(Protocol):
+    """Something with a forward that builds a loss and a backward that differentiates it."""
+
+    @property
+    def forward(self) -> Callable[[], Tensor]: ...
+
+    def backward(self, loss: Tensor) -> tuple[Tensor, ...]: ...
+
+
+@dataclass
+class Laps:
     """Milliseconds per repetition."""
 
-    wall: list[float]
-    cpu: list[float]
-    """Of all threads of this process: what remains comparable on a machine that others load."""
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Median and spread."""
+        return {"ms": median(self.wall), "ms_min": min(self.wall), "ms_max": max(self.wall), "ms_cpu": median(self.cpu)}
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int, device: str) -> list[Times]:
-    """Times of each call, ``repetitions`` times: all calls once per round, so that drift hits all alike.
+@dataclass
+class Times:
+    forward: Laps = field(default_factory=Laps)
+    backward: Laps = field(default_factory=Laps)
+    both: Laps = field(default_factory=Laps)
+    """From the start of forward to the end of backward: the sum of the two."""
 
-    The order turns around every other round. One unmeasured round warms up.
+
+class Marks:
+    """Points in time on the device. On CUDA they are events, so that no wait stands between forward and backward."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.points: list[Any] = []
+        self.cpu: list[float] = []
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.points.append(event)
+        else:
+            self.points.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+    def lap(self, laps: Laps, start: int, end: int) -> None:
+        """Add the time between two marks; waits for the device."""
+        first, last = self.points[start], self.points[end]
+        if self.cuda:
+            last.synchronize()
+        laps.wall.append(first.elapsed_time(last) if self.cuda else 1e3 * (last - first))
+        laps.cpu.append(1e3 * (self.cpu[end] - self.cpu[start]))
+
+
+def cold_cache(device: str) -> Callable[[], object]:
+    """A call that pushes the inputs out of a GPU's L2 cache. Nothing on a CPU, where they are far larger than it."""
+    if device != "cuda":
+        return lambda: None
+    size = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * 2**20
+    buffer = torch.empty(4 * size, dtype=torch.uint8, device=device)
+    return buffer.zero_
+
+
+def interleaved(
+    steps: Sequence[Step], repetitions: int, device: str, until: Callable[[], bool] | None = None
+) -> list[Times]:
+    """Times of each step (already warm), ``repetitions`` times: all once per round, so that drift hits all alike.
+
+    Every round starts one further on, and every other one runs backwards. ``until`` ends it after a whole round.
     """
-    for call in calls:
-        call()
-    times = [Times([], []) for _ in calls]
+    times = [Times() for _ in steps]
+    clear = cold_cache(device)
     for round_ in range(repetitions):
-        order = range(len(calls)) if round_ % 2 == 0 else range(len(calls) - 1, -1, -1)
-        for i in order:
-            _sync(device)
-            start, start_cpu = time.perf_counter(), time.process_time()
-            calls[i]()
-            _sync(device)
-            times[i].wall.append(1e3 * (time.perf_counter() - start))
-            times[i].cpu.append(1e3 * (time.process_time() - start_cpu))
+        order = [(round_ + i) % len(steps) for i in range(len(steps))]
+        for i in order if round_ % 2 == 0 else order[::-1]:
+            clear()
+            synchronize(device)
+            marks = Marks(device)
+            marks.mark()
+            loss = steps[i].forward()
+            marks.mark()
+            gradients = steps[i].backward(loss)
+            marks.mark()
+            for laps, start, end in ((times[i].forward, 0, 1), (times[i].backward, 1, 2), (times[i].both, 0, 2)):
+                marks.lap(laps, start, end)
+            del loss, gradients
+        if until is not None and until():
+            break
     return times
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Deadline:
+    """``seconds`` from now on, by ``clock``."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.end = clock() + seconds
+
+    def left(self) -> float:
+        """Seconds, negative when it has passed."""
+        return self.end - self.clock()
+
+
+@contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after ``seconds``. Main thread only; elsewhere and on Windows it never does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    try:
+        before = signal.signal(signal.SIGALRM, stop)
+    except (AttributeError, ValueError):
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def peak_mib(call: Callable[[], Any], device: str) -> float:
     """MiB that one call allocates at its highest, over what was live before it. See MEMORY_NOTE."""
     if device == "cuda":
-        _sync(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        _sync(device)
+        synchronize(device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     from torch.profiler import ProfilerActivity, profile
 
@@ -100,31 +236,37 @@ def peak_mib(call: Callable[[], Any], device: str) -> float:
     return highest / 2**20
 
 
-def _sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as aligned text; floats with four significant digits, nested dicts as key=value."""
+    """Rows as aligned text; floats with four significant digits, nested dicts as key=value, what is missing as -.
+
+    A column ``a.b`` is the entry b of the dict a.
+    """
 
     def show(value: Any) -> str:
         if isinstance(value, dict):
             return " ".join(f"{k}={show(v)}" for k, v in value.items())
         if isinstance(value, (list, tuple)):
             return "x".join(map(str, value))
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    cells = [list(columns), *([show(row[c]) for c in columns] for row in rows)]
+    def find(row: Any, column: str) -> Any:
+        for key in column.split("."):
+            row = row.get(key) if isinstance(row, dict) else None
+        return row
+
+    cells = [list(columns), *([show(find(row, c)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def write(path: str | None, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The file ``{"env": ..., "rows": [...]}``, or nothing without a path."""
+def write(path: str | Path | None, env: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
+    """The file ``{"env": ..., **more, "rows": [...]}``, complete at any moment, or nothing without a path."""
     if path:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps({"env": env, "rows": rows}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"env": env, **more, "rows": rows}, indent=1) + "\n")
         temporary.replace(target)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from tempo_fast.files import digest, write_json
+from tempo_fast.models.family import CLIP_MEAN, CLIP_STD
 from tempo_fast.models.load import weights_digest
-from tempo_fast.models.qwen2_vl import CLIP_MEAN, CLIP_STD
 from tempo_fast.prompts import CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT
 from tempo_fast.tinyworld import lessons, scores
 from tempo_fast.tinyworld.lessons import Settings

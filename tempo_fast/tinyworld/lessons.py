@@ -70,10 +70,10 @@ class Settings:
     tell_steps: int = 1500
     grow_at: float = 0.9
     tell_rate: float = 1.5e-3
-    stretch_steps: int = 500
+    stretch_steps: int = 900
     stretch_rate: float = 1e-3
     muddle_steps: int = 450
-    muddle_rate: float = 1.5e-3
+    muddle_rate: float = 1e-3
     tokens: int = 2600
     rows: int = 32
     bank: int = 400
@@ -133,7 +133,7 @@ def look(model, seed: int, settings: Settings, report: Report, start: int = 0) -
             height = PORTRAIT_HEIGHT if step % 7 == 3 else HEIGHT
             pairs, truths = zip(*(frame_pair(rng, height) for _ in range(settings.look_batch)), strict=True)
             frames = tasks.noisy(rng, tasks.halve(np.concatenate(pairs)))
-            h, w = frames.shape[2] // tasks.PATCH, frames.shape[3] // tasks.PATCH
+            h, w = frames.shape[1] // tasks.PATCH, frames.shape[2] // tasks.PATCH
             logits = head(see(model, tasks.patchify(frames), h, w).mean(1)).split(sizes, dim=1)
             targets = torch.tensor(truths).unbind(1)
             losses = [F.cross_entropy(a, b) for a, b in zip(logits, targets, strict=True)]
@@ -171,7 +171,7 @@ def keep(model, seed: int, settings: Settings, report: Report) -> list[Kept]:
         videos = [tasks.film_view(rng, film)]
         videos += [tasks.clip_view(rng, film, k, keyframes) for k in range(n) for keyframes in (False, True)]
         patches = [tasks.patchify(video) for video in videos]
-        grid = (videos[0].shape[2] // tasks.PATCH, videos[0].shape[3] // tasks.PATCH)
+        grid = (videos[0].shape[1] // tasks.PATCH, videos[0].shape[2] // tasks.PATCH)
         seen = see(model, torch.cat(patches), *grid).half().split([p.shape[0] for p in patches])
         sampled = np.array(tasks.sample(0, film.n_frames))
         kept.append(Kept(film, sampled, seen[0], [list(seen[1 + 2 * k : 3 + 2 * k]) for k in range(n)], grid))

@@ -10,47 +10,41 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tempo_fast.models.qwen2_vl import CLIP_MEAN, CLIP_STD
+from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, VideoGeometry
 from tempo_fast.prompts import CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT
 from tempo_fast.tinyworld import render
 from tempo_fast.tinyworld.questions import ORDER_TYPES, draw_question
 from tempo_fast.tinyworld.world import FPS, SAMPLE_FPS, Event, Film
+from tempo_fast.video.preprocess import resize, to_patches
+from tempo_fast.video.sampling import sample_frames
 
 PATCH, MERGE = 14, 2
+GEOMETRY = VideoGeometry(patch=PATCH, merge=MERGE, temporal=2, mean=CLIP_MEAN, std=CLIP_STD)
 CLIP_MAX_FRAMES = 8
 
 
 def sample(start: int, end: int, cap: int | None = None) -> list[int]:
     """Indices at 4 frames a second of [start, end): an even number, evenly spread, both ends included."""
-    n = int((end - start) / FPS * SAMPLE_FPS) // 2 * 2
-    n = min(max(2, n), cap or n)
-    return [int(i) for i in np.linspace(start, end - 1, n).round()]
+    most = cap or max(2, end - start)
+    found = sample_frames("qwen_vl_utils", end - start, FPS, fps=SAMPLE_FPS, min_frames=2, max_frames=most)
+    return [start + i for i in found]
 
 
 def halve(frames: np.ndarray) -> Tensor:
-    """uint8 [F, H, W, 3] native -> uint8 [F, 3, H/2, W/2], the resize of the real path."""
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    size = (frames.shape[1] // 2, frames.shape[2] // 2)
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True)
+    """uint8 [F, H, W, 3] native -> uint8 [F, H/2, W/2, 3], the resize of the real path."""
+    return resize(torch.from_numpy(frames), frames.shape[1] // 2, frames.shape[2] // 2)
 
 
 def patchify(frames: Tensor) -> Tensor:
-    """uint8 [F, 3, H, W] -> float [N, P, 1176], patches of a merged square side by side; an odd last frame repeats."""
-    if frames.shape[0] % 2:
-        frames = torch.cat([frames, frames[-1:]])
-    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
-    x = (frames.float() / 255 - mean[:, None, None]) / std[:, None, None]
-    n, h, w = x.shape[0] // 2, x.shape[2] // PATCH, x.shape[3] // PATCH
-    x = x.view(n, 2, 3, h // 2, 2, PATCH, w // 2, 2, PATCH).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return x.reshape(n, h * w, -1)
+    """uint8 [F, H, W, 3] -> float [N, P, 1176], the patches of each frame pair; an odd last frame repeats."""
+    return to_patches(frames, GEOMETRY).unflatten(0, (-(-frames.shape[0] // 2), -1))
 
 
 @dataclass
 class Example:
-    """One exchange. `videos` are halved frames uint8 [F, 3, H, W]; `events` are the true events, for scoring."""
+    """One exchange. `videos` are halved frames uint8 [F, H, W, 3]; `events` are the true events, for scoring."""
 
     prompt: str
     response: str
@@ -62,7 +56,7 @@ class Example:
         """(frame pairs, patch rows, patch columns) of each video."""
         if self.grids is not None:
             return self.grids
-        return [(-(-v.shape[0] // 2), v.shape[2] // PATCH, v.shape[3] // PATCH) for v in self.videos]
+        return [(-(-v.shape[0] // 2), v.shape[1] // PATCH, v.shape[2] // PATCH) for v in self.videos]
 
 
 def clip_view(rng: np.random.Generator, film: Film, k: int, keyframes: bool = False) -> Tensor:

@@ -62,7 +62,7 @@ def test_chat_template(tokenizer):
 
 
 def test_prompts_are_those_of_the_family(tokenizer, fresh):
-    example = Example(WINDOW_PROMPT, "Yes.", [torch.zeros(6, 3, 56, 56), torch.zeros(3, 3, 84, 56)])
+    example = Example(WINDOW_PROMPT, "Yes.", [torch.zeros(6, 56, 56, 3), torch.zeros(3, 84, 56, 3)])
     ids, positions, n = tasks.encode(tokenizer, example)
     grids = [Grid(3, 4, 4), Grid(2, 6, 4)]
     prompt = FAMILY.build_prompt(tokenizer, fresh.config, WINDOW_PROMPT, grids)
@@ -76,7 +76,7 @@ def test_fast_vision_is_the_tower(fresh, variant):
     rng = stream(2)
     view = tasks.film_view(rng, draw_film(rng, 2, variant))
     patches = tasks.patchify(view)
-    grid = Grid(patches.shape[0], view.shape[2] // 14, view.shape[3] // 14)
+    grid = Grid(patches.shape[0], view.shape[1] // 14, view.shape[2] // 14)
     with torch.no_grad():
         own = see(fresh, patches, grid.h, grid.w).flatten(0, 1)
         theirs = FAMILY.encode_vision(fresh, patches.flatten(0, 1), [grid])

@@ -127,7 +127,7 @@ def test_cached_statistics_agree_with_a_live_reference(dtype: torch.dtype) -> No
         assert out.kl is not None and out.ref_logp is not None
         ((d_logp * out.logp).sum() + (d_kl * out.kl).sum()).backward()
         found.append((out.logp.detach(), out.ref_logp, out.kl.detach(), x.grad))
-    # the two may cut the vocabulary differently, and then differ by rounding: in float32 for values, as stored for means
+    # the two may cut the vocabulary differently, and then differ by rounding: of float32 in values, as stored in means
     rounding = 4 * torch.finfo(dtype).eps
     values = 16 * torch.finfo(torch.float32).eps * found[0][0].abs().max()
     for live, cached in zip(*found, strict=True):

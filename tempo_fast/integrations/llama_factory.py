@@ -1,10 +1,12 @@
 """LLaMA-Factory: its DPO trainer with log-probs from hidden states, so that a prompt never reaches the head.
 
-    from llamafactory.train.dpo.trainer import CustomDPOTrainer
-    from tempo_fast.integrations.llama_factory import HiddenLogpsMixin
+    # train.py, for: torchrun --nproc-per-node 8 train.py config.yaml        (stage: dpo)
+    from llamafactory.train.dpo import trainer
+    from llamafactory.train.tuner import run_exp
+    from tempo_fast.integrations.llama_factory import CustomDPOTrainer
 
-    class Trainer(HiddenLogpsMixin, CustomDPOTrainer):
-        pass
+    trainer.CustomDPOTrainer = CustomDPOTrainer       # its workflow looks the class up there (0.9.5)
+    run_exp()
 
 The trainer's own loss math runs on the sums (or, for ipo, orpo and simpo, means) returned here. Not with
 ``ld_alpha``. ``logits/*`` in the log are NaN: there are no logits.
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tempo_fast.integrations.answers import answer_logps
+from tempo_fast.integrations.drop_in import drop_in
 
 
 class HiddenLogpsMixin:
@@ -39,3 +42,10 @@ class HiddenLogpsMixin:
             "chosen_logps": logps[:half], "rejected_logps": logps[half:], "chosen_logits": nothing,
             "rejected_logits": nothing, "chosen_logps_avg": means[:half],
         }
+
+
+def __getattr__(name: str) -> Any:
+    """``CustomDPOTrainer``: importing this file imports nothing of LLaMA-Factory."""
+    if name == "CustomDPOTrainer":
+        return drop_in(HiddenLogpsMixin, "llamafactory.train.dpo.trainer", name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,11 @@
-"""ms-swift: its DPO trainer with log-probs from hidden states, so that a video's prompt never reaches the head.
+"""ms-swift (4.x): its DPO trainer with log-probs from hidden states, so that a video's prompt never reaches the head.
 
-    from swift.rlhf_trainers.dpo_trainer import DPOTrainer
-    from tempo_fast.integrations.ms_swift import HiddenLogpsMixin
+    # plugin.py, for: swift rlhf --rlhf_type dpo --external_plugins plugin.py ...
+    from swift.trainers.trainer_factory import TrainerFactory
 
-    class Trainer(HiddenLogpsMixin, DPOTrainer):
-        pass
+    TrainerFactory.TRAINER_MAPPING["dpo"] = "tempo_fast.integrations.ms_swift.DPOTrainer"
 
-The trainer's own loss math runs on the sums returned here. Not with padding-free rows, sequence parallelism,
+The trainer's own loss math runs on the sums returned here. Not with padding-free rows, packing, sequence parallelism,
 ``ld_alpha`` or a router's auxiliary loss. ``logits/*`` in the log are NaN: there are no logits.
 """
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tempo_fast.integrations.answers import answer_logps
+from tempo_fast.integrations.drop_in import drop_in
 
 
 class HiddenLogpsMixin:
@@ -30,9 +30,11 @@ class HiddenLogpsMixin:
         template, args = self.template, self.args
         unsupported = {
             "padding_free": getattr(template, "padding_free", False),
+            "packing": getattr(template, "packing", False),
             "sequence_parallel_size": getattr(template, "sequence_parallel_size", 1) > 1,
             "ld_alpha": getattr(args, "ld_alpha", None) is not None,
             "router_aux_loss_coef": getattr(self, "aux_loss_enabled", False),
+            "an encoder-decoder model": getattr(self, "is_encoder_decoder", False),
         }
         for key, used in unsupported.items():
             if used:
@@ -51,3 +53,10 @@ class HiddenLogpsMixin:
         if not is_ref_model:
             output["nll_loss"] = -answers.logp[answers.row < half].mean()
         return output
+
+
+def __getattr__(name: str) -> Any:
+    """``DPOTrainer``: importing this file imports nothing of ms-swift."""
+    if name == "DPOTrainer":
+        return drop_in(HiddenLogpsMixin, "swift.rlhf_trainers.dpo_trainer", name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

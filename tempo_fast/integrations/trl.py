@@ -16,13 +16,13 @@ in the log: entropy, logits/*, token accuracy.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tempo_fast.integrations.answers import IGNORE, Answers, answer_logps, as_reference, plain_head
+from tempo_fast.integrations.drop_in import drop_in
 from tempo_kernels.objectives import BranchBatch, Objective, make_objective
 
 _OWN_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "spans")
@@ -95,18 +95,10 @@ class ObjectiveMixin:
         return out.losses.mean()
 
 
-@functools.cache
-def _trainer() -> type:
-    from trl import DPOTrainer as Host
-
-    members = {"__module__": __name__, "__doc__": ObjectiveMixin.__doc__}
-    return type("DPOTrainer", (ObjectiveMixin, Host), members)
-
-
 def __getattr__(name: str) -> Any:
-    """``DPOTrainer``: made when it is asked for, so that importing this file imports nothing of TRL."""
+    """``DPOTrainer``: importing this file imports nothing of TRL."""
     if name == "DPOTrainer":
-        return _trainer()
+        return drop_in(ObjectiveMixin, "trl", name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tempo_fast.integrations import llama_factory, ms_swift
 from tempo_fast.integrations.answers import answer_logps, hidden_states, plain_head, unwrap
+from tempo_fast.integrations.drop_in import drop_in
 
 VOCABULARY = 61
 Make = Callable[..., Any]
@@ -135,6 +137,21 @@ def test_heads_that_would_lie_are_refused(make_model: Make, with_adapter: Make) 
         answer_logps(make_model(), inputs, labels, adapters_off=True)
 
 
+def test_a_head_sharded_by_fsdp2_is_refused(make_model: Make) -> None:
+    from torch import distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_model()
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="FSDP"):
+            plain_head(model)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_wrapped_model_is_called_through_its_wrapper(make_model: Make, with_adapter: Make) -> None:
     """Gradient synchronisation lives in the wrapper's forward."""
 
@@ -157,39 +174,97 @@ def test_a_wrapped_model_is_called_through_its_wrapper(make_model: Make, with_ad
 # -- the mixins -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"]])
+def stand_in(monkeypatch: pytest.MonkeyPatch, path: str, name: str, host: type) -> None:
+    """``path`` as an importable module that holds ``name``, with the packages above it."""
+    parts = path.split(".")
+    for depth in range(1, len(parts) + 1):
+        module = ModuleType(".".join(parts[:depth]))
+        module.__path__ = []  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    setattr(sys.modules[path], name, host)
+    drop_in.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def no_class_of_a_stand_in_stays() -> Iterator[None]:
+    yield
+    drop_in.cache_clear()
+
+
+class SwiftHost:
+    """What ms-swift's trainer has when its loss asks for log-probs."""
+
+    aux_loss_enabled = is_encoder_decoder = False
+
+    def __init__(self, loss_type: Any) -> None:
+        self.template = SimpleNamespace(padding_free=False, packing=False, sequence_parallel_size=1)
+        self.args, self.loss_type = SimpleNamespace(ld_alpha=None), loss_type
+
+
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"], "ipo"])
 @pytest.mark.parametrize("is_ref", [False, True])
-def test_ms_swift_gets_what_its_loss_expects(loss_type: list[str], is_ref: bool, make_model: Make) -> None:
-    class Trainer(ms_swift.HiddenLogpsMixin):
-        def __init__(self) -> None:
-            self.template = SimpleNamespace(padding_free=False, sequence_parallel_size=1)
-            self.args, self.loss_type = SimpleNamespace(ld_alpha=None), loss_type
+def test_ms_swift_gets_what_its_loss_expects(
+    loss_type: Any, is_ref: bool, make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "swift.rlhf_trainers.dpo_trainer", "DPOTrainer", SwiftHost)
+    # as its factory resolves a name of its table
+    module, name = "tempo_fast.integrations.ms_swift.DPOTrainer".rsplit(".", 1)
+    trainer = getattr(importlib.import_module(module), name)(loss_type)
+    assert isinstance(trainer, SwiftHost)
 
     model = make_model()
     inputs, labels = make_batch()
     position_ids = torch.arange(13).expand(4, -1)
     batch = {**inputs, "labels": labels, "text_position_ids": position_ids}
-    found = Trainer().concatenated_forward(model, batch, is_ref)
+    found = trainer.concatenated_forward(model, batch, is_ref)
+    assert set(batch) == {*inputs, "labels", "text_position_ids"}  # the trainer uses it again for the reference
     per_token, mask = plain_logps(model, inputs, labels)
-    sums = per_token.sum(1) / (mask.sum(1) if loss_type == ["ipo"] else 1)
+    sums = per_token.sum(1) / (mask.sum(1) if "ipo" in loss_type else 1)
     torch.testing.assert_close(found["chosen_logps"], sums[:2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["rejected_logps"], sums[2:], rtol=1e-5, atol=1e-5)
+    assert found["mean_chosen_logits"].isnan() and found["mean_rejected_logits"].isnan()
     assert ("nll_loss" in found) != is_ref
     if not is_ref:
         torch.testing.assert_close(found["nll_loss"], -per_token[:2][mask[:2]].mean(), rtol=1e-5, atol=1e-5)
-    packed = Trainer()
-    packed.template.padding_free = True
-    with pytest.raises(ValueError, match="padding_free"):
-        packed.concatenated_forward(model, {**inputs, "labels": labels})
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "words"),
+    [
+        ("template", {"padding_free": True}, "padding_free"),
+        ("template", {"packing": True}, "packing"),
+        ("template", {"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        ("args", {"ld_alpha": 0.5}, "ld_alpha"),
+        ("", {"aux_loss_enabled": True}, "router_aux_loss_coef"),
+        ("", {"is_encoder_decoder": True}, "encoder-decoder"),
+    ],
+)
+def test_ms_swift_options_that_would_be_dropped_are_refused(where: str, change: dict[str, Any], words: str) -> None:
+    trainer = type("Trainer", (ms_swift.HiddenLogpsMixin, SwiftHost), {})(["sigmoid"])
+    vars(getattr(trainer, where) if where else trainer).update(change)
+    with pytest.raises(ValueError, match=words):
+        trainer.concatenated_forward(None, {})
+
+
+class FactoryHost:
+    """What LLaMA-Factory's trainer has when its loss asks for log-probs."""
+
+    ld_alpha = None
+
+    def __init__(self, loss_type: str) -> None:
+        self.loss_type = loss_type
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
-def test_llama_factory_gets_what_its_loss_expects(loss_type: str, make_model: Make) -> None:
-    class Trainer(llama_factory.HiddenLogpsMixin):
-        ld_alpha = None
+def test_llama_factory_gets_what_its_loss_expects(
+    loss_type: str, make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "llamafactory.train.dpo.trainer", "CustomDPOTrainer", FactoryHost)
+    host = importlib.import_module("llamafactory.train.dpo.trainer")
+    host.CustomDPOTrainer = llama_factory.CustomDPOTrainer  # type: ignore[attr-defined]  # the user's line
+    trainer = host.CustomDPOTrainer(loss_type)
+    assert isinstance(trainer, FactoryHost) and llama_factory.CustomDPOTrainer is host.CustomDPOTrainer
 
-    trainer = Trainer()
-    trainer.loss_type = loss_type
     model = make_model()
     inputs, labels = make_batch()
     found = trainer.concatenated_forward(model, {**inputs, "labels": labels})
@@ -203,6 +278,15 @@ def test_llama_factory_gets_what_its_loss_expects(loss_type: str, make_model: Ma
     trainer.ld_alpha = 0.5
     with pytest.raises(ValueError, match="ld_alpha"):
         trainer.concatenated_forward(model, {**inputs, "labels": labels})
+
+
+@pytest.mark.parametrize("module", [ms_swift, llama_factory])
+def test_a_trainer_that_is_not_installed_is_named(module: ModuleType) -> None:
+    name = {ms_swift: "DPOTrainer", llama_factory: "CustomDPOTrainer"}[module]
+    with pytest.raises(ImportError, match=f"{name} is not there"):
+        getattr(module, name)
+    with pytest.raises(AttributeError, match="Trainerr"):
+        module.Trainerr  # noqa: B018
 
 
 def test_nothing_of_the_trainers_is_imported() -> None:

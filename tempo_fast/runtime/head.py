@@ -1,14 +1,20 @@
-"""The vocabulary head's weight, wherever an engine keeps it."""
+"""The vocabulary head's weight, wherever an engine keeps it.
+
+Shapes: N tokens, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from tempo_fast.errors import InputError
+
+Outputs = TypeVar("Outputs", bound=tuple)
 
 
 def check_head(head: nn.Module) -> None:
@@ -22,26 +28,52 @@ def check_head(head: nn.Module) -> None:
         raise InputError("model.path: a vocabulary head with a bias is not supported; the loss uses its weight alone")
 
 
+def apply_head(head: nn.Module, hidden: Tensor, function: Callable[[Tensor, Tensor], Outputs]) -> Outputs:
+    """``function(hidden [N, D], weight [V, D])``, a tuple of tensors, with the full weight of a vocabulary head.
+
+    A head that trains gets its gradient, under ZeRO-3 too: the weight is then gathered for the function and once more
+    for its backward, and its gradient is reduced with the others, once, also where the input embedding shares it. A
+    frozen head is gathered for the function alone. Use it inside the wrapped module's forward, on all ranks.
+
+    Raises:
+        InputError: a head with an adapter or a bias.
+    """
+    check_head(head)
+    weight = _weight(head)
+    if not (hasattr(weight, "ds_id") and weight.requires_grad and torch.is_grad_enabled()):
+        with gathered_head(head) as full:
+            return function(hidden, full)
+    # DeepSpeed gathers and reduces around a module's call, so the function runs as the head's own forward
+    own = head.__dict__.get("forward")
+    head.__dict__["forward"] = lambda x: function(x, weight)
+    try:
+        return head(hidden)
+    finally:
+        del head.__dict__["forward"]
+        if own is not None:
+            head.__dict__["forward"] = own
+
+
 @contextmanager
 def gathered_head(head: nn.Module) -> Iterator[Tensor]:
     """The full weight [V, D] of a vocabulary head inside the block.
 
-    A plain head gives its parameter. Under ZeRO-3 the partitions are gathered first; what is given then is a frozen
-    tensor that stays valid for the backward after the block. Use it inside the wrapped module's forward, on all ranks.
+    A plain head gives its parameter. Under ZeRO-3 the partitions are gathered first; what is given then carries no
+    gradient to the head, and stays valid for a backward after the block. Use it on all ranks, and inside the wrapped
+    module's forward if the engine is there.
 
     Raises:
-        InputError: a head with an adapter or a bias, or a head that trains under ZeRO-3.
+        InputError: a head with an adapter or a bias.
+        RuntimeError: under ZeRO-3 a head that trains, with gradients on: that is what :func:`apply_head` is for.
     """
     check_head(head)
-    # not head.weight: DeepSpeed's mapping would gather it there and then, and once more in the backward
-    weight = dict.get(head._parameters, "weight")
-    assert isinstance(weight, Tensor)
+    weight = _weight(head)
     zero: Any = weight
     if not hasattr(zero, "ds_id"):
         yield weight
         return
-    if weight.requires_grad:
-        raise InputError("train.zero_stage: 3 cannot train the vocabulary head; freeze it or use stage 2")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("gathered_head gives a head that trains no gradient under ZeRO-3: use apply_head")
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
     if zero.ds_status == ZeroParamStatus.AVAILABLE:
@@ -50,3 +82,10 @@ def gathered_head(head: nn.Module) -> Iterator[Tensor]:
     with GatheredParameters([weight]):
         # the alias keeps the gathered storage when the parameter itself is partitioned again
         yield weight.data
+
+
+def _weight(head: nn.Module) -> Tensor:
+    # not head.weight: DeepSpeed's mapping would gather it there and then, and once more in the backward
+    weight = dict.get(head._parameters, "weight")
+    assert isinstance(weight, Tensor)
+    return weight

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tempo_fast.models.family import Family
-from tempo_fast.runtime.head import gathered_head
+from tempo_fast.runtime.head import apply_head
 from tempo_fast.trees.batch import PackedBatch
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.vision import Pixels, encode_pixels
-from tempo_kernels.head import HeadStatistics, linear_logp
+from tempo_kernels.head import HeadOutput, HeadStatistics, linear_logp
 from tempo_kernels.objectives import BranchBatch, Objective, ObjectiveOutput
 
 
@@ -80,8 +80,13 @@ class TrainModule(nn.Module):
         if blank:
             features = None
         hidden = tree_hidden(self.family, self.model, packed, features)
-        with gathered_head(self.family.head(self.model)) as weight:
-            head = linear_logp(hidden, weight, packed.labels, reference=reference)
+
+        def values(hidden: Tensor, weight: Tensor) -> HeadOutput:
+            # cached statistics give no KL once the head trains, and only some objectives need one
+            kl = self.objective.needs_kl or not weight.requires_grad
+            return linear_logp(hidden, weight, packed.labels, reference=reference, kl=kl)
+
+        head = apply_head(self.family.head(self.model), hidden, values)
         out = self.objective(head.logp, head.ref_logp, head.kl, batch)
         sums = self._metrics(out, kinds)
         loss = out.losses.sum()

@@ -176,9 +176,14 @@ def config_of(engine: str, stage: int) -> TrainConfig:
 
 
 def bundle_of(path: str, dtype: str) -> Any:
+    """The bundle in a folder, with adapters; ``FOLDER+head`` trains the vocabulary head as well."""
     from tempo_fast.models.load import load_bundle
 
-    return conftest.add_lora(load_bundle(path, dtype, "cpu"))
+    folder, _, head = path.partition("+")
+    bundle = conftest.add_lora(load_bundle(folder, dtype, "cpu"))
+    if head:
+        bundle.family.head(bundle.model).weight.requires_grad_()
+    return bundle
 
 
 def main(folder: str, out: str, cases: list[list[Any]]) -> None:

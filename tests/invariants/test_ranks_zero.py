@@ -19,7 +19,8 @@ import pytest
 pytest.importorskip("deepspeed")
 
 HERE = Path(__file__).resolve().parent
-# head, ZeRO stage, dtype of the frozen weights, objective, step at which a second engine takes over (0: none)
+# head (+head: it trains, and where tied the embedding with it), ZeRO stage,
+# dtype of the frozen weights, objective, step at which a second engine takes over (0: none)
 CASES = [
     ["tied", 0, "float32", "dpo", 0],
     ["tied", 2, "float32", "dpo", 0],
@@ -27,6 +28,9 @@ CASES = [
     ["untied", 3, "float32", "dpo", 0],
     ["tied", 3, "float32", "rrpo", 2],
     ["untied", 3, "bfloat16", "rrpo", 0],
+    ["tied+head", 3, "float32", "dpo", 2],
+    ["untied+head", 3, "float32", "dpo", 0],
+    ["tied+head", 2, "float32", "dpo", 0],
 ]
 
 

@@ -303,6 +303,21 @@ def test_no_grad_skips_the_gradient_walk() -> None:
     torch.testing.assert_close(out.logp, linear_logp(hidden, weight, labels, impl="eager").logp.detach())
 
 
+def test_the_backward_keeps_neither_head_nor_logits() -> None:
+    """Under ZeRO-3 the head is gone when the backward comes."""
+    n, v, d = 5, 3 * SLICE + 1, 7
+    hidden, weight, labels, ref = make(n, v, d, seed=19)
+    kept = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept.append(tuple(value.shape))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        linear_logp(hidden.requires_grad_(), weight, labels, reference=ref, impl="one_pass")
+    assert kept == [(n, d), (n, d)]
+
+
 def test_auto_says_once_which_path_and_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "_said", set())
     hidden, weight, labels, _ = make(3, 20)

@@ -197,6 +197,8 @@ def _sentence(problem: Exception) -> str:
     first = next(iter(str(problem).strip().splitlines()), "")
     if isinstance(problem, ValueError):
         return f"refused: {first}"
+    if isinstance(problem, torch.OutOfMemoryError):
+        return f"out of memory: {first}"
     if isinstance(problem, TimeoutError):
         return f"compiling and the first calls {first}"
     return f"failed: {type(problem).__name__}: {first}"

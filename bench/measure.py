@@ -83,7 +83,7 @@ def _cpu_name() -> str:
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-class Step(Protocol):
+class Timed(Protocol):
     """Something with a forward that builds a loss and a backward that differentiates it."""
 
     @property
@@ -148,7 +148,7 @@ def cold_cache(device: str) -> Callable[[], object]:
 
 
 def interleaved(
-    steps: Sequence[Step], repetitions: int, device: str, until: Callable[[], bool] | None = None
+    steps: Sequence[Timed], repetitions: int, device: str, until: Callable[[], bool] | None = None
 ) -> list[Times]:
     """Times of each step (already warm), ``repetitions`` times: all once per round, so that drift hits all alike.
 

@@ -180,16 +180,17 @@ def test_one_that_breaks_leaves_the_others_standing(weight: Tensor, monkeypatch:
     inputs = make_inputs(8, weight)
     impls = [
         Broken("at_once", RuntimeError("kernel lost\nmore")), Broken("no", ValueError("too odd")),
-        Broken("late", RuntimeError("lost again"), after=2), ALL["plain"],
+        Broken("late", RuntimeError("lost again"), after=2), Broken("big", torch.OutOfMemoryError("all of it")),
+        ALL["plain"],
     ]  # fmt: skip
     rows = head.measure_case(CASES["sft_trained"], impls, inputs, None, head.Setting("cpu", 2))
     reasons = [row.get("skipped", "").removeprefix("failed: RuntimeError: ") for row in rows]
-    assert reasons == ["kernel lost", "refused: too odd", "lost again", ""]
+    assert reasons == ["kernel lost", "refused: too odd", "lost again", "out of memory: all of it", ""]
     for impl in impls:
         monkeypatch.setitem(ALL, impl.name, impl)
     assert not head.failed(rows)
-    monkeypatch.setattr(impls[0], "ours", True)
-    monkeypatch.setattr(impls[1], "ours", True)
+    for impl in (impls[0], impls[1], impls[3]):
+        monkeypatch.setattr(impl, "ours", True)
     assert [row["impl"] for row in head.failed(rows)] == ["at_once"]
 
 

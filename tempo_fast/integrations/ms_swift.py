@@ -5,7 +5,7 @@
 
     TrainerFactory.TRAINER_MAPPING["dpo"] = "tempo_fast.integrations.ms_swift.DPOTrainer"
 
-The trainer's own loss math runs on the sums returned here. Not with padding-free rows, packing, sequence parallelism,
+The trainer's own loss math runs on what is returned here. Not with padding-free rows, packing, sequence parallelism,
 ``ld_alpha`` or a router's auxiliary loss. ``logits/*`` in the log are NaN: there are no logits.
 """
 
@@ -26,7 +26,10 @@ class HiddenLogpsMixin:
     def concatenated_forward(
         self: Any, model: Any, batch: dict[str, Any], is_ref_model: bool = False
     ) -> dict[str, Tensor]:
-        """chosen_logps and rejected_logps [B]; nll_loss, the chosen tokens' mean over the batch, for the policy."""
+        """chosen_logps, rejected_logps and their token counts [B]; for the policy nll_loss, the chosen tokens' mean.
+
+        Sums; means for ipo where the trainer does not divide by the counts itself (before 4.6).
+        """
         template, args = self.template, self.args
         unsupported = {
             "padding_free": getattr(template, "padding_free", False),
@@ -42,13 +45,15 @@ class HiddenLogpsMixin:
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "text_position_ids")}
         answers = answer_logps(model, inputs, batch["labels"])
         half = answers.rows // 2
-        sums = answers.sums()
+        logps, counts = answers.sums(), answers.lengths()
         types = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
-        logps = sums / answers.lengths() if "ipo" in types else sums
-        nothing = torch.full((), float("nan"), device=sums.device)
+        if "ipo" in types and not hasattr(self, "_get_ipo_sequence_logps"):
+            logps = logps / counts
+        nothing = torch.full((), float("nan"), device=logps.device)
         output = {
             "chosen_logps": logps[:half], "rejected_logps": logps[half:],
             "mean_chosen_logits": nothing, "mean_rejected_logits": nothing,
+            "chosen_completion_token_counts": counts[:half], "rejected_completion_token_counts": counts[half:],
         }
         if not is_ref_model:
             output["nll_loss"] = -answers.logp[answers.row < half].mean()

@@ -201,12 +201,20 @@ class SwiftHost:
         self.args, self.loss_type = SimpleNamespace(ld_alpha=None), loss_type
 
 
+class Swift46Host(SwiftHost):
+    """From 4.6 on, ipo's division by the token counts is the trainer's."""
+
+    def _get_ipo_sequence_logps(self, sums: Tensor, counts: Tensor) -> Tensor:
+        return sums / counts
+
+
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"], "ipo"])
 @pytest.mark.parametrize("is_ref", [False, True])
+@pytest.mark.parametrize("host", [SwiftHost, Swift46Host])
 def test_ms_swift_gets_what_its_loss_expects(
-    loss_type: Any, is_ref: bool, make_model: Make, monkeypatch: pytest.MonkeyPatch
+    loss_type: Any, is_ref: bool, host: type, make_model: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(monkeypatch, "swift.rlhf_trainers.dpo_trainer", "DPOTrainer", SwiftHost)
+    stand_in(monkeypatch, "swift.rlhf_trainers.dpo_trainer", "DPOTrainer", host)
     # as its factory resolves a name of its table
     module, name = "tempo_fast.integrations.ms_swift.DPOTrainer".rsplit(".", 1)
     trainer = getattr(importlib.import_module(module), name)(loss_type)
@@ -219,7 +227,9 @@ def test_ms_swift_gets_what_its_loss_expects(
     found = trainer.concatenated_forward(model, batch, is_ref)
     assert set(batch) == {*inputs, "labels", "text_position_ids"}  # the trainer uses it again for the reference
     per_token, mask = plain_logps(model, inputs, labels)
-    sums = per_token.sum(1) / (mask.sum(1) if "ipo" in loss_type else 1)
+    sums = per_token.sum(1) / (mask.sum(1) if "ipo" in loss_type and host is SwiftHost else 1)
+    counts = torch.cat([found["chosen_completion_token_counts"], found["rejected_completion_token_counts"]])
+    assert counts.tolist() == mask.sum(1).tolist()
     torch.testing.assert_close(found["chosen_logps"], sums[:2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["rejected_logps"], sums[2:], rtol=1e-5, atol=1e-5)
     assert found["mean_chosen_logits"].isnan() and found["mean_rejected_logits"].isnan()

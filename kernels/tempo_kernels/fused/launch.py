@@ -126,7 +126,7 @@ def _sweep(parts: Sequence[Tensor], weight: Tensor, labels: Tensor, want: Sequen
 
 
 def _rows(swept: Swept, block: slice) -> Swept:
-    return Swept(*(None if t is None else t[block] for t in swept))
+    return Swept(swept.lse[block], swept.target[block], None if swept.mean is None else swept.mean[block])
 
 
 def _offset(plan: _Plan, x: Tensor, labels: Tensor) -> Tensor:
@@ -188,11 +188,11 @@ def _sweep_block(
     lse = offset + torch.log(total)
     weights = rounded.sum(0) if stored else total
     for i, result in enumerate(into):
-        part = slice(i * pitch, i * pitch + height)
-        result.lse.copy_(lse[part])
-        result.target.copy_(target[part])
+        its = slice(i * pitch, i * pitch + height)
+        result.lse.copy_(lse[its])
+        result.target.copy_(target[its])
         if result.mean is not None:
-            result.mean.div_(weights[part, None])
+            result.mean.div_(weights[its, None])
     return total
 
 

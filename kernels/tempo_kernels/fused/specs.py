@@ -28,7 +28,7 @@ def constants(
 ) -> dict[str, Any]:  # fmt: skip
     """A kernel's constexpr arguments. `store`: exp_slab; `cross`: statistics; `kl`: gradients; `add`: accumulate."""
     # the interpreter and tests alone use float32: nothing but full precision will do there
-    shared = {"TMA": tma, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+    shared: dict[str, Any] = {"TMA": tma, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
     if kind == "accumulate":
         return {"BN": tile.rows, "BD": tile.cols, "BC": tile.depth, "ADD": add, **shared}
     shared |= {"BN": tile.rows, "BV": tile.cols, "BK": tile.depth}

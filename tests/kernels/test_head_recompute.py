@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tempo_kernels import pairs, sweep
 from tempo_kernels.head import head_statistics, linear_logp
@@ -144,6 +148,78 @@ def test_a_label_at_each_slice_border() -> None:
     x["labels"] = torch.tensor(borders)
     assert_as_exact_as_plain(x)
     assert_as_exact_as_plain(x, 2.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 8), v=st.integers(1, 200), d=st.integers(1, 9), width=st.integers(1, 70), rows=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_slices_and_blocks_give_the_same_values(n: int, v: int, d: int, width: int, rows: int, seed: int) -> None:
+    x = make(n, v, d=d, scale=3.0, seed=seed)
+    before, (sweep.SLICE, sweep.ROWS) = (sweep.SLICE, sweep.ROWS), (width, rows)
+    try:
+        found = found_by(x, None)
+    finally:
+        sweep.SLICE, sweep.ROWS = before
+    for ours, true in zip(found, truth_of(x, None), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=5e-5)
+
+
+def test_the_two_oracles_agree() -> None:
+    x = make(9, RAGGED, scale=3.0, drift=0.5, seed=12, dtype=torch.float64)
+    x["bias"] = None
+    one, two = oracle(x["hidden"], x["weight"], x["labels"], x["reference"]), truth_of(x, None)
+    for name in ("logp", "lse", "ref_logp", "kl"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name))
+    d_hidden = x["d_logp"][:, None] * one.d_logp + x["d_kl"][:, None] * one.d_kl
+    torch.testing.assert_close(two.d_hidden, d_hidden)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")])
+def test_hidden_states_and_head_may_have_two_dtypes(dtypes: tuple[str, str]) -> None:
+    x = make(9, RAGGED, seed=13)
+    x["hidden"], x["weight"] = (x[k].to(getattr(torch, d)) for k, d in zip(("hidden", "weight"), dtypes, strict=True))
+    truth, found = truth_of(x, 3.0), found_by(x, 3.0)
+    for name, true in truth._asdict().items():
+        ours = getattr(found, name)
+        rtol = 2 * torch.finfo(ours.dtype).eps + 1e-4
+        torch.testing.assert_close(ours.double(), true, rtol=rtol, atol=2e-5)
+        assert ours.dtype == (x[name[2:]].dtype if name.startswith("d_") else sweep.sum_dtype(x["weight"]))
+
+
+def test_no_walk_holds_logits_or_a_float32_copy_of_the_head() -> None:
+    n, v, d = 33, 20 * SLICE, 24
+    x = make(n, v, d=d, dtype=torch.bfloat16)
+    lse = torch.zeros(n)
+    walks = {
+        "sweep": lambda: sweep.sweep_pair(
+            x["hidden"], x["reference"], x["weight"], x["labels"], want_mean=True, want_ref_mean=True
+        ),
+        "forward": lambda: pairs.pair_forward(
+            x["hidden"], x["reference"], x["weight"], x["labels"], x["bias"], 3.0, True
+        ),
+        "backward": lambda: pairs.pair_backward(
+            x["hidden"], x["reference"], x["weight"], x["labels"], x["bias"], 3.0, lse, lse, lse, lse,
+            want_hidden=True, want_weight=True, want_bias=True,
+        ),
+    }  # fmt: skip
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            for t in tree_leaves(out):
+                if isinstance(t, Tensor) and t.dtype == torch.float32:
+                    self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+            return out
+
+    for name, walk in walks.items():
+        with Largest() as largest:
+            walk()
+        assert 0 < largest.bytes <= 4 * max(n * SLICE, SLICE * d, n * d, v), name
+        assert largest.bytes < 4 * min(n * v, v * d) / 8
 
 
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "hidden")])

@@ -8,7 +8,7 @@
         objective = make_objective("tdpo2", beta=0.1, alpha=0.5)
 
 Without ``objective`` the trainer's own ``loss_type`` (sigmoid, hinge, ipo, robust) decides. Only answer tokens reach
-the head: a frozen one (LoRA) takes ``one_pass``, a trained one what ``auto`` names in the log; ``impl`` chooses.
+the head: a frozen one (LoRA) takes ``one_pass``, a trained one ``recompute``; a class's ``impl`` chooses another.
 Precomputed reference log-probs work for objectives of log-prob sums. Objectives with spans read ``inputs["spans"]``
 [2B, T], which the data collator has to supply. ``padding_free`` does nothing in TRL's own trainer and nothing here. Not
 in the log: entropy, logits/*, token accuracy.

@@ -89,7 +89,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "lora, precomputed": {"lora": True, "impl": "one_pass", "precompute_ref_log_probs": True},
     "lora, accumulated": {"lora": True, "gradient_accumulation_steps": 3},
     "lora, checkpointed": {"lora": True, "gradient_checkpointing": True, "loss_type": "ipo"},
-    "full": {"loss_type": "robust", "label_smoothing": 0.1, "learning_rate": 0.005},
+    "full": {"impl": "recompute", "loss_type": "robust", "label_smoothing": 0.1, "learning_rate": 0.005},
+    "full, eager": {"impl": "eager", "loss_type": "hinge", "learning_rate": 0.005},
     "full, precomputed": {"precompute_ref_log_probs": True, "gradient_accumulation_steps": 2, "learning_rate": 0.005},
 }
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SLICE = 2048
+SLICE = 512
 """Most columns of a slice: a slab of 2048 rows is 16 MiB in float32."""
 ROWS = 2048
 """Most rows walked together; the head is read once per block of rows."""

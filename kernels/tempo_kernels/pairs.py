@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tempo_kernels import sweep
-from tempo_kernels.sweep import pick_labels, sum_dtype
+from tempo_kernels.sweep import LabelSpots, sum_dtype
 
 
 class PairStats(NamedTuple):
@@ -66,13 +66,13 @@ class _Sums:
 
     def __init__(self, like: Tensor, weighted: bool) -> None:
         n = like.shape[0]
-        self.offset, self.total = like.new_full((n,), -torch.inf), like.new_zeros(n)
+        self.offset, self.total = like.new_full((n,), -torch.inf), like.new_zeros(n, dtype=torch.float64)
         self.target = like.new_zeros(n)
-        self.weighted = like.new_zeros(n) if weighted else None
+        self.weighted = torch.zeros_like(self.total) if weighted else None
 
-    def add(self, rows: slice, z: Tensor, first: int, labels: Tensor, values: Tensor | None = None) -> None:
+    def add(self, rows: slice, z: Tensor, first: int, spots: LabelSpots, values: Tensor | None = None) -> None:
         """Add a slice's z [B, C], and with ``values`` [B, C] their sum weighted by exp(z); both are overwritten."""
-        pick_labels(z, labels[rows], first, self.target[rows])
+        spots.pick(z, first, self.target[rows])
         higher = torch.maximum(self.offset[rows], z.amax(1))
         shrink = torch.exp(self.offset[rows] - higher)
         self.offset[rows] = higher
@@ -82,11 +82,14 @@ class _Sums:
             self.weighted[rows] = self.weighted[rows] * shrink + values.mul_(e).sum(1)
 
     def lse(self) -> Tensor:
-        return self.offset + torch.log(self.total)
+        return (self.offset + torch.log(self.total)).to(self.offset.dtype)
 
 
-def _blocks(n: int) -> list[slice]:
-    return [slice(start, min(start + sweep.ROWS, n)) for start in range(0, n, sweep.ROWS)]
+def _blocks(labels: Tensor, head: _Head) -> list[tuple[slice, LabelSpots]]:
+    """Rows that are walked together, and where their labels [N] lie."""
+    n, vocabulary = labels.shape[0], head.weight.shape[0]
+    blocks = [slice(start, min(start + sweep.ROWS, n)) for start in range(0, n, sweep.ROWS)]
+    return [(rows, LabelSpots(labels[rows], vocabulary, head.width)) for rows in blocks]
 
 
 def _slabs(count: int, head: _Head, n: int, like: Tensor) -> list[Tensor]:
@@ -109,26 +112,26 @@ def pair_forward(
     Equal hidden and reference give equal bits, and a cross of exactly 0. Deterministic.
     """
     dtype = sum_dtype(hidden, weight)
-    x, labels = hidden.to(dtype), labels.long()[:, None]
-    ref = None if reference is None else reference.to(dtype)
+    x, ref = hidden.to(dtype), None if reference is None else reference.to(dtype)
     want_kl = want_kl and ref is not None
     policy, other = _Sums(x, False), None if ref is None else _Sums(x, want_kl)
     if x.shape[0]:
         head = _Head(weight, bias, softcap, dtype)
         slabs = _slabs(3 if want_kl else 1, head, x.shape[0], x)
+        blocks = _blocks(labels, head)
         for first in head.slices():
-            for rows in _blocks(x.shape[0]):
+            for rows, spots in blocks:
                 z = head.logits(x[rows], slabs[0])
                 if ref is not None and other is not None and want_kl:
                     ref_z = head.logits(ref[rows], slabs[1])
                     difference = torch.sub(ref_z, z, out=slabs[2][: z.numel()].view(z.shape))
-                    other.add(rows, ref_z, first, labels, difference)
-                policy.add(rows, z, first, labels)
+                    other.add(rows, ref_z, first, spots, difference)
+                policy.add(rows, z, first, spots)
                 if ref is not None and other is not None and not want_kl:
-                    other.add(rows, head.logits(ref[rows], slabs[0]), first, labels)
+                    other.add(rows, head.logits(ref[rows], slabs[0]), first, spots)
     if other is None:
         return PairStats(policy.lse(), policy.target, None, None, None)
-    cross = None if other.weighted is None else other.weighted / other.total
+    cross = None if other.weighted is None else (other.weighted / other.total).to(dtype)
     return PairStats(policy.lse(), policy.target, other.lse(), other.target, cross)
 
 
@@ -160,7 +163,7 @@ def pair_backward(
     weight at all, exactly. Deterministic.
     """
     dtype = sum_dtype(hidden, weight)
-    x, labels = hidden.to(dtype), labels.long()[:, None]
+    x = hidden.to(dtype)
     ref = None if reference is None or d_kl is None else reference.to(dtype)
     d_hidden = torch.zeros_like(x) if want_hidden else None
     d_weight = torch.empty_like(weight) if want_weight else None
@@ -172,9 +175,10 @@ def pair_backward(
     slice_sum = x.new_empty(head.width, x.shape[1]) if want_weight else None
     bias_sum = x.new_zeros(weight.shape[0]) if d_bias is not None else None
     d_p = -d_logp if d_kl is None or ref is not None else d_kl - d_logp
+    blocks = _blocks(labels, head)
     for first in head.slices():
         columns = head.rows.shape[0]
-        for rows in _blocks(x.shape[0]):
+        for rows, spots in blocks:
             p = head.logits(x[rows], slabs[0])
             slope = None
             if softcap is not None:  # d softcap(z) / dz = 1 − (softcap(z) / softcap)²
@@ -186,9 +190,9 @@ def pair_backward(
                 g = p.mul_(d_p[rows, None]).add_(change)
             else:
                 g = p.mul_(d_p[rows, None])
-            spot = labels[rows] - first
-            inside = (spot >= 0) & (spot < columns)
-            g.scatter_add_(1, spot.clamp(0, columns - 1), torch.where(inside, d_logp[rows, None], 0))
+            labelled, columns_of = spots.inside(first)
+            if labelled.numel():
+                g[labelled, columns_of] += d_logp[rows][labelled]
             if slope is not None:
                 g.mul_(slope)
             if d_hidden is not None:

@@ -40,11 +40,26 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b.to(a.dtype)).sum(-1)
 
 
-def pick_labels(z: Tensor, labels: Tensor, first: int, target: Tensor) -> None:
-    """target [B] = z[:, label - first] where the label [B, 1] lies in the slice z [B, C] that begins at ``first``."""
-    spot = labels - first
-    inside = (spot >= 0) & (spot < z.shape[1])
-    torch.where(inside[:, 0], z.gather(1, spot.clamp(0, z.shape[1] - 1))[:, 0], target, out=target)
+class LabelSpots:
+    """Which rows' labels [B] lie in which slice of the vocabulary, found once; labels may lie outside 0..V-1."""
+
+    def __init__(self, labels: Tensor, vocabulary: int, width: int) -> None:
+        borders = torch.arange(0, vocabulary + width, width, device=labels.device).clamp_(max=vocabulary)
+        self._labels, self._rows = labels.long().sort()
+        self._ends: list[int] = torch.searchsorted(self._labels, borders).tolist()
+        self._width = width
+
+    def inside(self, first: int) -> tuple[Tensor, Tensor]:
+        """Rows [M] whose label lies in the slice that begins at ``first``, and their columns [M] in it."""
+        i = first // self._width
+        found = slice(self._ends[i], self._ends[i + 1])
+        return self._rows[found], self._labels[found] - first
+
+    def pick(self, z: Tensor, first: int, target: Tensor) -> None:
+        """target [B] = the label's logit, for the labels inside the slice z [B, C] that begins at ``first``."""
+        rows, columns = self.inside(first)
+        if rows.numel():
+            target[rows] = z[rows, columns]
 
 
 @torch.no_grad()
@@ -84,7 +99,7 @@ def _sweep_block(
 ) -> None:
     """Fill lse [B], target [B] and mean [B, D] for the rows x [B, D]."""
     rows, vocabulary, width = x.shape[0], weight.shape[0], min(SLICE, weight.shape[0])
-    labels = labels.long()[:, None]
+    spots = LabelSpots(labels, vocabulary, width)
     target.zero_()
     offset = total = None
     for first in range(0, vocabulary, width):
@@ -93,11 +108,11 @@ def _sweep_block(
             head = cast[: head.shape[0]].copy_(head)
         z = slab[: rows * head.shape[0]].view(rows, head.shape[0])
         torch.mm(x, head.T, out=z)
-        pick_labels(z, labels, first, target)
+        spots.pick(z, first, target)
         if offset is None or total is None:
             # A fixed offset is exact while no logit rises far above it: a float keeps its relative precision.
             offset = z.amax(1)
-            total = torch.zeros_like(offset)
+            total = torch.zeros_like(offset, dtype=torch.float64)  # hundreds of slices' sums, of which float32 shows
             if mean is not None:
                 mean.zero_()
         sums = z.sub_(offset[:, None]).exp_().sum(1)
@@ -114,6 +129,6 @@ def _sweep_block(
         if mean is not None:
             mean.addmm_(z, head)
     assert offset is not None and total is not None
-    torch.add(offset, torch.log(total), out=lse)
+    lse.copy_(offset + torch.log(total))
     if mean is not None:
-        mean.div_(total[:, None])
+        mean.div_(total[:, None].to(mean.dtype))

@@ -28,7 +28,8 @@ def eager_logp(
     """As :func:`tempo_kernels.head.linear_logp`, with logits [N, V] in float32 (float64 from float64 inputs)."""
     dtype = sum_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = _logits(hidden, weight, bias, softcap, dtype)
+        x = hidden.to(dtype)  # one conversion: the gradients that meet in it cancel before they are rounded
+        logits = _logits(x, weight, bias, softcap, dtype)
         lse = torch.logsumexp(logits, -1)
         logp = logits.gather(-1, labels[:, None].long()).squeeze(-1) - lse
         ref_logp = kl = None
@@ -37,7 +38,7 @@ def eager_logp(
             if want_kl:
                 assert reference.mean_logit is not None and reference.mean_embedding is not None
                 mean = reference.mean_embedding.detach().to(dtype)
-                kl = (reference.mean_logit.detach().to(dtype) - row_dot(mean, hidden)) + (lse - reference.lse.to(dtype))
+                kl = (reference.mean_logit.detach().to(dtype) - row_dot(mean, x)) + (lse - reference.lse.to(dtype))
         elif reference is not None:
             with torch.no_grad():
                 ref_logits = _logits(reference, weight, bias, softcap, dtype)

@@ -33,7 +33,8 @@ def apply_head(head: nn.Module, hidden: Tensor, function: Callable[[Tensor, Tens
 
     A head that trains gets its gradient, under ZeRO-3 too: the weight is then gathered for the function and once more
     for its backward, and its gradient is reduced with the others, once, also where the input embedding shares it. A
-    frozen head is gathered for the function alone. Use it inside the wrapped module's forward, on all ranks.
+    frozen head is gathered for the function, and in the backward only if the function saved it, so that no rank holds
+    it in between. Use it inside the wrapped module's forward, on all ranks, which then all run the backward.
 
     Raises:
         InputError: a head with an adapter or a bias.
@@ -41,7 +42,7 @@ def apply_head(head: nn.Module, hidden: Tensor, function: Callable[[Tensor, Tens
     check_head(head)
     weight = _weight(head)
     if not (hasattr(weight, "ds_id") and weight.requires_grad and torch.is_grad_enabled()):
-        with gathered_head(head) as full:
+        with gathered_head(head) as full, _gathered_again(head, full):
             return function(hidden, full)
     # DeepSpeed gathers and reduces around a module's call, so the function runs as the head's own forward
     own = head.__dict__.get("forward")
@@ -52,6 +53,31 @@ def apply_head(head: nn.Module, hidden: Tensor, function: Callable[[Tensor, Tens
         del head.__dict__["forward"]
         if own is not None:
             head.__dict__["forward"] = own
+
+
+@contextmanager
+def _gathered_again(head: nn.Module, full: Tensor) -> Iterator[None]:
+    """What autograd saves of ``full`` [V, D], a partitioned head's, inside the block is gathered when it is needed."""
+    if not hasattr(_weight(head), "ds_id"):
+        yield
+        return
+    # numbers alone: the hooks live as long as what is saved, and would hold the tensor
+    storage, first, dtype = full.untyped_storage().data_ptr(), full.storage_offset(), full.dtype
+
+    def pack(saved: Tensor) -> Tensor | tuple[Any, ...]:
+        if saved.dtype != dtype or not saved.numel() or saved.untyped_storage().data_ptr() != storage:
+            return saved
+        return saved.shape, saved.stride(), saved.storage_offset() - first
+
+    def unpack(packed: Tensor | tuple[Any, ...]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, stride, offset = packed
+        with gathered_head(head) as again:
+            return again.as_strided(shape, stride, again.storage_offset() + offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 @contextmanager

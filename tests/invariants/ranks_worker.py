@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conftest  # noqa: E402
 import torch  # noqa: E402
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 from tempo_fast.config import TrainConfig  # noqa: E402
 from tempo_fast.runtime.engine import TorchEngine, make_train_engine  # noqa: E402
+from tempo_fast.runtime.head import apply_head  # noqa: E402
 from tempo_fast.runtime.ranks import Ranks  # noqa: E402
 from tempo_fast.training.module import TrainModule  # noqa: E402
 from tempo_fast.trees.batch import collate  # noqa: E402
 from tempo_fast.trees.layout import build_tree  # noqa: E402
 from tempo_fast.trees.vision import FeatureCache  # noqa: E402
-from tempo_kernels.head import head_statistics  # noqa: E402
+from tempo_kernels.head import HeadOutput, head_statistics, linear_logp  # noqa: E402
 from tempo_kernels.objectives import BranchBatch, make_objective  # noqa: E402
 
 STEPS = 4
@@ -171,6 +174,45 @@ def stop_together(ranks: Ranks) -> int:
     return 0
 
 
+class FrozenHead(torch.nn.Module):
+    """A layer that trains under a frozen head, which ``recompute`` reads once more in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = torch.nn.Linear(24, 24), torch.nn.Linear(24, 211, bias=False).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def values(hidden: torch.Tensor, weight: torch.Tensor) -> HeadOutput:
+            self.full = StorageWeakRef(weight.untyped_storage())
+            return linear_logp(hidden, weight, labels, reference=x, softcap=5.0)
+
+        out = apply_head(self.head, self.layer(x), values)
+        return (out.kl - out.logp).sum()
+
+
+def train_below_a_frozen_head(ranks: Ranks, engine: str, stage: int) -> dict[str, Any]:
+    """Losses and weights of STEPS steps, half of the tokens on each of two ranks, and whether the full head was still
+    there between forward and backward."""
+    from tempo_fast.runtime.zero import DeepSpeedEngine
+
+    module = FrozenHead()
+    params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    made = TorchEngine if engine == "torch" else partial(DeepSpeedEngine, ranks=ranks, persist_below=0)
+    trainer = made(module, params, config_of(engine, stage))
+    g = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(8, 24, generator=g), torch.randint(0, 211, (8,), generator=g)
+    losses, held = [], []
+    for _ in range(STEPS):
+        loss = trainer(x[ranks.rank :: ranks.world], labels[ranks.rank :: ranks.world])
+        held.append(not module.full.expired())
+        trainer.backward(loss * (ranks.world / len(x)))
+        losses.append(float(ranks.all_reduce_sum(loss.detach().double()[None])))
+        trainer.step(1e-2)
+    trainer.sync_adapter()
+    return {"losses": losses, "held": held, "layer": module.layer.weight.tolist()}
+
+
 def config_of(engine: str, stage: int) -> TrainConfig:
     return dataclasses.replace(TrainConfig(), engine=engine, zero_stage=stage, max_grad_norm=0.5, weight_decay=0.1)
 
@@ -194,6 +236,7 @@ def main(folder: str, out: str, cases: list[list[Any]]) -> None:
     filled = fill_together(bundle_of(f"{folder}/tied", "float32"), ranks, Path(out + ".store"))
     results["fill"] = ranks.all_gather_object(filled)
     results["stop"] = ranks.all_gather_object(stop_together(ranks))
+    results["frozen head"] = ranks.all_gather_object(train_below_a_frozen_head(ranks, "deepspeed", 3))
     for head, stage, dtype, objective, resume_at in cases:
         bundle = bundle_of(f"{folder}/{head}", dtype)
         result = train(bundle, config_of("deepspeed", stage), ranks, objective, resume_at=resume_at)

@@ -107,3 +107,16 @@ def test_ranks_share_the_filling(two_ranks: dict[str, Any], worker: Any, folder:
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_point(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["stop"] == [75, 75]
+
+
+def test_a_frozen_head_that_the_backward_reads_is_gathered_again(two_ranks: dict[str, Any], worker: Any) -> None:
+    from tempo_fast.runtime.ranks import Ranks
+
+    one = worker.train_below_a_frozen_head(Ranks(), "torch", 0)
+    assert all(one["held"])
+    for rank in two_ranks["frozen head"]:
+        assert not any(rank["held"])
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        for ours, theirs in zip(rank["layer"], one["layer"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert one["losses"][-1] < one["losses"][0]

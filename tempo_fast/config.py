@@ -60,8 +60,10 @@ class DataConfig:
 class VideoConfig:
     backend: Literal["auto", "pyav", "torchcodec", "dali-cpu", "dali-gpu"] = "auto"
     """Decoder. ``auto`` takes dali-gpu with a CUDA device and DALI installed, else pyav. A missing one is an error."""
-    sampling: Literal["qwen_vl_utils", "hf_qwen2_vl"] = "qwen_vl_utils"
-    """Rule that turns (frames, fps) into indices: linspace + round, or transformers' arange + truncation."""
+    sampling: Literal["auto", "qwen_vl_utils", "hf_qwen2_vl", "hf_uniform", "hf_internvl"] = "auto"
+    """Rule that turns (frames, fps) into indices; ``auto`` is the model family's own.
+    ``qwen_vl_utils``: linspace + round; ``hf_qwen2_vl``, ``hf_uniform``: the first frame of even parts, by transformers'
+    arithmetic; ``hf_internvl``: the middle frame of each. A fixed number of frames: min_frames = max_frames."""
     fps: float = 1.0
     """Sampled frames per second."""
     min_frames: int = 4
@@ -69,7 +71,7 @@ class VideoConfig:
     max_frames: int = 600
     """Most sampled frames of a video."""
     min_pixels: int = 3136
-    """Fewest pixels of a resized frame."""
+    """Fewest pixels of a resized frame. Families whose frames have one size ignore the three pixel settings."""
     max_pixels: int = 602112
     """Most pixels of a resized frame (768 * 28 * 28)."""
     total_pixels: int = 9_000_000

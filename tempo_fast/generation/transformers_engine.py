@@ -114,7 +114,7 @@ class TransformersEngine:
             out = model.generate(
                 input_ids=ids,
                 inputs_embeds=embeds,
-                position_ids=positions,
+                position_ids=b.family.model_positions(positions),
                 attention_mask=mask,
                 logits_processor=processors,
                 generation_config=HFGenerationConfig(

@@ -1,6 +1,7 @@
 """What a family of video LLMs must say about itself.
 
-Shapes: T tokens of the text sequence, G visual tokens, D hidden size, V vocabulary, P patches.
+Shapes: T tokens of the text sequence, G visual tokens, D hidden size, E channels of a visual feature, V vocabulary,
+P patches.
 """
 
 from __future__ import annotations
@@ -25,20 +26,39 @@ class Grid(NamedTuple):
     w: int
 
 
+class Timing(NamedTuple):
+    """When the frames of a video are shown.
+
+    ``seconds`` of each frame, ascending; ``fps`` at which they were sampled (frames over the seconds they stand for).
+    """
+
+    seconds: tuple[float, ...]
+    fps: float
+
+
 @dataclass(frozen=True)
 class VideoGeometry:
-    """How a family cuts pixels: sizes in pixels, ``merge`` in patches, ``temporal`` in frames."""
+    """How a family samples frames and cuts pixels: sizes in pixels, ``merge`` in patches, ``temporal`` in frames.
+
+    ``sampling`` is the family's own rule of ``video.sampling.RULES``. Where ``side`` is set, every frame becomes a
+    square of that side (``crop``: the shorter edge is resized to it and the middle cut out; else both edges are), the
+    pixel budgets of the configuration have no say, and a frame is ``frame_tokens`` tokens.
+    """
 
     patch: int
     merge: int
     temporal: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    sampling: str = "qwen_vl_utils"
+    side: int = 0
+    crop: bool = False
+    frame_tokens: int = 0
 
     @property
     def factor(self) -> int:
         """Height and width are multiples of this many pixels."""
-        return self.patch * self.merge
+        return self.side or self.patch * self.merge
 
     def grid(self, n_frames: int, height: int, width: int) -> Grid:
         """Grid of ``n_frames`` resized frames; the last frame fills up an incomplete temporal patch."""
@@ -46,6 +66,8 @@ class VideoGeometry:
 
     def tokens(self, grid: Grid) -> int:
         """Language-model tokens of one video: the one count that text and pixels both use."""
+        if self.side:
+            return grid.t * self.frame_tokens
         return grid.t * grid.h * grid.w // self.merge**2
 
 
@@ -96,8 +118,16 @@ class Family(Protocol):
         """From the model's transformers config."""
         ...
 
-    def build_prompt(self, tokenizer: Any, config: Any, text: str, grids: Sequence[Grid]) -> Prompt:
-        """Chat prompt with the videos before the text, generation prompt included."""
+    def build_prompt(
+        self,
+        tokenizer: Any,
+        config: Any,
+        text: str,
+        grids: Sequence[Grid],
+        times: Sequence[Timing] | None = None,
+    ) -> Prompt:
+        """Chat prompt with the videos before the text, generation prompt included. ``times``, one per video, may be
+        left out where the family tells the model no time (else ValueError)."""
         ...
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
@@ -105,11 +135,15 @@ class Family(Protocol):
         ...
 
     def encode_vision(self, model: nn.Module, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """One vision call for all videos: pixel_values [P, C*t*p*p] -> features [G, D]."""
+        """One vision call for all videos: pixel_values [P, C*t*p*p] -> features [G, E]. Where the geometry has a
+        ``side`` a row is a whole frame, [F, C*side*side].
+
+        The first D channels enter the language model; a family that also adds to deeper layers appends what it adds.
+        """
         ...
 
     def embed(self, model: nn.Module, input_ids: Tensor, visual: Tensor, features: Tensor | None) -> Tensor:
-        """input_ids [B, T], visual [B, T] bool, features [G, D] in reading order or None -> what enters the language
+        """input_ids [B, T], visual [B, T] bool, features [G, E] in reading order or None -> what enters the language
         model, [B, T, D]."""
         ...
 
@@ -123,7 +157,7 @@ class Family(Protocol):
         features: Tensor | None,
         cache: Any | None = None,
     ) -> Tensor:
-        """input_ids [B, T], position_ids [3, B, T], visual [B, T] bool, features [G, D] in reading order -> last hidden
+        """input_ids [B, T], position_ids [3, B, T], visual [B, T] bool, features [G, E] in reading order -> last hidden
         states [B, T, D], before the head.
 
         ``attention_mask``: additive or bool [B, 1, T, T], or None (causal). With a ``cache`` (``new_cache``) that holds
@@ -132,12 +166,16 @@ class Family(Protocol):
         """
         ...
 
+    def model_positions(self, position_ids: Tensor) -> Tensor:
+        """Positions [3, B, T] as ``generate_model`` takes them: as they are, or [B, T] without M-RoPE."""
+        ...
+
     def new_cache(self, model: nn.Module) -> Any:
         """An empty transformers ``Cache`` for ``hidden_states``."""
         ...
 
     def generate_model(self, model: nn.Module) -> Any:
-        """What has transformers' ``generate``, taking ``inputs_embeds`` of ``embed`` and ``position_ids``."""
+        """What has transformers' ``generate``, continuing a filled cache from ``input_ids`` and ``position_ids``."""
         ...
 
     def head(self, model: nn.Module) -> nn.Module:
@@ -145,5 +183,6 @@ class Family(Protocol):
         ...
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
-        """The vision encoder with its projector."""
+        """The vision encoder with its projector: the same object at every call, an ``nn.ModuleList`` where these are
+        several modules of the model."""
         ...

@@ -28,14 +28,33 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
     return y.permute(0, 2, 3, 1).contiguous()
 
 
+def fit(frames: Tensor, height: int, width: int, *, crop: bool) -> Tensor:
+    """uint8 [F, H, W, 3] -> uint8 [F, height, width, 3].
+
+    Without ``crop`` both sides are resized. With it the frame keeps its shape: it is made just large enough to cover
+    the target and the middle is cut out (transformers' ``shortest_edge`` and ``center_crop``: the longer side and the
+    offset are rounded down).
+    """
+    if not crop:
+        return resize(frames, height, width)
+    h, w = frames.shape[1:3]
+    scale_h, scale_w = (height, int(height * w / h)) if h * width <= w * height else (int(width * h / w), width)
+    frames = resize(frames, scale_h, scale_w)
+    top, left = (scale_h - height) // 2, (scale_w - width) // 2
+    return frames[:, top : top + height, left : left + width]
+
+
 def to_patches(frames: Tensor, geometry: VideoGeometry, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [F, H, W, 3], sides multiples of the geometry's factor -> [P, 3 * temporal * patch * patch] normalised."""
+    """uint8 [F, H, W, 3], sides multiples of the geometry's factor -> [P, 3 * temporal * patch * patch] normalised.
+
+    Where the geometry has a ``side`` each frame is a row, [F, 3 * side * side]: channel, y, x.
+    """
     from tempo_kernels.patchify import patchify
 
     return patchify(
         frames,
-        patch=geometry.patch,
-        merge=geometry.merge,
+        patch=geometry.side or geometry.patch,
+        merge=1 if geometry.side else geometry.merge,
         temporal=geometry.temporal,
         mean=geometry.mean,
         std=geometry.std,

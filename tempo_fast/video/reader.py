@@ -18,7 +18,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.files import digest
 from tempo_fast.models.family import Grid, VideoGeometry
 from tempo_fast.video.decode import open_decoder
-from tempo_fast.video.preprocess import resize, to_patches
+from tempo_fast.video.preprocess import fit, to_patches
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_max_pixels
 
@@ -63,6 +63,7 @@ class VideoReader:
         self.config = config
         self.geometry = geometry
         self.device = torch.device(device)
+        self.sampling = geometry.sampling if config.sampling == "auto" else config.sampling
         self.decoder = open_decoder(config.backend, self.device)
 
     def info(self, path: str | os.PathLike[str]) -> VideoInfo:
@@ -113,10 +114,10 @@ class VideoReader:
             # Repeats are resized once.
             distinct = sorted(set(plan.indices))
             first = [plan.indices.index(i) for i in distinct]
-            small = resize(frames[first], plan.height, plan.width)
+            small = fit(frames[first], plan.height, plan.width, crop=self.geometry.crop)
             frames = small[[distinct.index(i) for i in plan.indices]]
         else:
-            frames = resize(frames, plan.height, plan.width)
+            frames = fit(frames, plan.height, plan.width, crop=self.geometry.crop)
         return to_patches(frames, self.geometry)
 
     def _range(self, info: VideoInfo, start: int, end: int) -> list[int]:
@@ -126,7 +127,7 @@ class VideoReader:
 
     def _sample(self, info: VideoInfo, start: int, end: int, min_frames: int) -> list[int]:
         return sample_frames(
-            self.config.sampling,
+            self.sampling,
             end - start,
             info.fps,
             fps=self.config.fps,
@@ -140,15 +141,11 @@ class VideoReader:
 
     def _make(self, info: VideoInfo, indices: Sequence[int], times: Sequence[float]) -> FramePlan:
         c, g = self.config, self.geometry
-        budget = video_max_pixels(c, len(indices), g)
-        try:
-            h, w = smart_resize(info.height, info.width, factor=g.factor, min_pixels=c.min_pixels, max_pixels=budget)
-        except ValueError as e:
-            raise InputError(f"{info.path}: {e}") from e
+        h, w, size = self._size(info, len(indices))
         rule = (
-            f"sampling={c.sampling};fps={c.fps:g};resize=bicubic-antialias-u8;decoder={self.decoder.name};"
+            f"sampling={self.sampling};fps={c.fps:g};resize=bicubic-antialias-u8;decoder={self.decoder.name};"
             f"color={self.decoder.route}:{info.color_space}:{info.color_range};"
-            f"pixels={c.min_pixels}..{budget};patch={g.patch}x{g.merge}x{g.temporal}"
+            f"pixels={size};patch={g.patch}x{g.merge}x{g.temporal}"
         )
         return FramePlan(
             path=info.path,
@@ -160,6 +157,18 @@ class VideoReader:
             grid=g.grid(len(indices), h, w),
             rule=rule,
         )
+
+    def _size(self, info: VideoInfo, n_frames: int) -> tuple[int, int, str]:
+        """(height, width) of a resized frame, and how they came about."""
+        c, g = self.config, self.geometry
+        if g.side:
+            return g.side, g.side, f"{'crop' if g.crop else 'squeeze'}:{g.side}"
+        budget = video_max_pixels(c, n_frames, g)
+        try:
+            h, w = smart_resize(info.height, info.width, factor=g.factor, min_pixels=c.min_pixels, max_pixels=budget)
+        except ValueError as e:
+            raise InputError(f"{info.path}: {e}") from e
+        return h, w, f"{c.min_pixels}..{budget}"
 
     @staticmethod
     def _check_unchanged(plan: FramePlan) -> None:

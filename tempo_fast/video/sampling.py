@@ -1,7 +1,9 @@
 """Which frames, and how large: index and size rules, equal to the ones the models were trained with.
 
 ``qwen_vl_utils`` is qwen-vl-utils' rule (linspace and round), ``hf_qwen2_vl`` is transformers'
-``Qwen2VLVideoProcessor.sample_frames`` (arange and truncation). Pure functions of numbers.
+``Qwen2VLVideoProcessor.sample_frames`` (arange and truncation), ``hf_uniform`` its ``default_sample_indices_fn`` (whole
+numbers), ``hf_internvl`` its ``InternVLVideoProcessor.sample_frames`` (the middle of each part). Pure functions of
+numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from tempo_fast.config import VideoConfig
 from tempo_fast.models.family import VideoGeometry
 
-RULES = ("qwen_vl_utils", "hf_qwen2_vl")
+RULES = ("qwen_vl_utils", "hf_qwen2_vl", "hf_uniform", "hf_internvl")
 _MAX_ASPECT = 200
 
 
@@ -44,7 +46,7 @@ def sample_frames(
     one is left out here.
 
     Args:
-        rule: ``qwen_vl_utils`` or ``hf_qwen2_vl``.
+        rule: one of ``RULES``.
         n_total: presented frames, >= 1.
         fps_source: average frames per second, > 0.
         fps: wanted frames per second, > 0.
@@ -71,7 +73,10 @@ def sample_frames(
     n = max(n, temporal)
     if rule == "qwen_vl_utils":
         return spread(0, n_total, n)
-    indices = torch.arange(0, n_total, n_total / n).int().tolist()
+    if rule == "hf_uniform":
+        return [i * n_total // n for i in range(n)]
+    first = n_total / n / 2 if rule == "hf_internvl" else 0
+    indices = torch.arange(first, n_total, n_total / n).int().tolist()
     return [min(i, n_total - 1) for i in indices[:n]]
 
 

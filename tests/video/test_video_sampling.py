@@ -27,7 +27,7 @@ def test_sampling_promises(rule, n, rate, fps, least, more, temporal):
     if n >= temporal:
         assert len(indices) % temporal == 0 and len(indices) <= max(temporal, least + more, n)
         assert len(set(indices)) == len(indices)
-    assert indices[0] == 0
+    assert indices[0] == 0 or rule == "hf_internvl"
     if rule == "qwen_vl_utils" and len(indices) > 1:
         assert indices[-1] == n - 1
 
@@ -53,6 +53,22 @@ def test_hf_positions_are_truncated_steps(n, rate, fps):
         assert exact - 1 - Fraction(1, 1000) < index <= exact + Fraction(1, 1000)
 
 
+@settings(max_examples=200, deadline=None)
+@given(counts, rates, fps_wanted)
+def test_even_parts_are_transformers_own(n, rate, fps):
+    """Every part of the film gives one frame: its first by transformers' whole numbers, or the one in its middle."""
+    from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+
+    got = sample_frames("hf_uniform", n, rate, fps=fps, min_frames=1, max_frames=n, temporal=1)
+    metadata = VideoMetadata(total_num_frames=n, fps=rate)
+    assert got == default_sample_indices_fn(metadata, num_frames=len(got)).tolist()
+    middle = sample_frames("hf_internvl", n, rate, fps=fps, min_frames=1, max_frames=n, temporal=1)
+    assert len(middle) == len(got)
+    for k, index in enumerate(middle):
+        exact = Fraction(n * (2 * k + 1), 2 * len(got))
+        assert exact - 1 - Fraction(1, 1000) < index <= exact + Fraction(1, 1000)
+
+
 def test_sampling_by_hand():
     # 60 s at 30 fps and 1 fps: 60 frames; a 2-second clip is lifted to min_frames
     assert len(sample_frames("qwen_vl_utils", 1800, 30, fps=1, min_frames=4, max_frames=768)) == 60
@@ -62,6 +78,11 @@ def test_sampling_by_hand():
     assert sample_frames("qwen_vl_utils", 10, 10, fps=5.9, min_frames=2, max_frames=768) == [0, 3, 6, 9]
     assert sample_frames("qwen_vl_utils", 3, 30, fps=1, min_frames=4, max_frames=768) == [0, 2]
     assert sample_frames("qwen_vl_utils", 1, 30, fps=1, min_frames=4, max_frames=768) == [0]
+    # four parts of fifteen frames, whatever the rate
+    fixed = {"fps": 1.0, "min_frames": 4, "max_frames": 4, "temporal": 1}
+    assert sample_frames("hf_uniform", 60, 30, **fixed) == [0, 15, 30, 45]
+    assert sample_frames("hf_internvl", 60, 30, **fixed) == [7, 22, 37, 52]
+    assert sample_frames("hf_internvl", 3, 30, **fixed) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

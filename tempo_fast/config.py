@@ -62,8 +62,8 @@ class VideoConfig:
     """Decoder. ``auto`` takes dali-gpu with a CUDA device and DALI installed, else pyav. A missing one is an error."""
     sampling: Literal["auto", "qwen_vl_utils", "hf_qwen2_vl", "hf_uniform", "hf_internvl"] = "auto"
     """Rule that turns (frames, fps) into indices; ``auto`` is the model family's own.
-    ``qwen_vl_utils``: linspace + round; ``hf_qwen2_vl``, ``hf_uniform``: the first frame of even parts, by transformers'
-    arithmetic; ``hf_internvl``: the middle frame of each. A fixed number of frames: min_frames = max_frames."""
+    ``qwen_vl_utils``: linspace + round; ``hf_qwen2_vl``, ``hf_uniform``: the first frame of even parts, by
+    transformers' arithmetic; ``hf_internvl``: the middle frame of each. A fixed number of frames: min_frames = max_frames."""
     fps: float = 1.0
     """Sampled frames per second."""
     min_frames: int = 4

@@ -117,6 +117,7 @@ def answer_logps(
     adapter: str | None = None,
     adapters_off: bool = False,
     kl: bool = False,
+    exact_kl: bool = False,
     impl: str = "auto",
 ) -> Answers:
     """Log-probs of the tokens of ``labels`` [B, T] that are not -100, each predicted by the position before it.
@@ -127,7 +128,7 @@ def answer_logps(
             are cut to the last T positions.
         reference: another model, run without gradient; or ``adapter``: another PEFT adapter of the policy, by name; or
             ``adapters_off``: the policy with its PEFT adapters disabled. Any fills ``ref_logp``, and ``kl`` if asked.
-        impl: as :func:`tempo_kernels.head.linear_logp`.
+        exact_kl, impl: as :func:`tempo_kernels.head.linear_logp`.
 
     Raises ValueError for heads that cannot be used, for a reference with a head of its own where ``kl`` is asked, and
     for a policy that trains the head it shares with its reference.
@@ -156,7 +157,7 @@ def answer_logps(
                 ref_logp = linear_logp(ref_hidden, ref_weight, targets, bias=ref_bias, softcap=ref_cap, impl=impl).logp
             ref_hidden = None
     out = linear_logp(
-        hidden, weight, targets, bias=bias, softcap=softcap, reference=ref_hidden, impl=impl, kl=kl
+        hidden, weight, targets, bias=bias, softcap=softcap, reference=ref_hidden, impl=impl, kl=kl, exact_kl=exact_kl
     )
     return Answers(out.logp, row, before + 1, labels.shape[0], ref_logp if ref_hidden is None else out.ref_logp, out.kl)
 

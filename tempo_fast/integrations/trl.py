@@ -8,7 +8,8 @@
         objective = make_objective("tdpo2", beta=0.1, alpha=0.5)
 
 Without ``objective`` the trainer's own ``loss_type`` (sigmoid, hinge, ipo, robust) decides. Only answer tokens reach
-the head: a frozen one (LoRA) takes ``one_pass``, a trained one ``recompute``; a class's ``impl`` chooses another.
+the head: a frozen one (LoRA) takes ``one_pass``, a trained one ``recompute``; a class's ``impl`` chooses another, and
+its ``exact_kl = True`` forms the KL's gradient from p − q, which only a live reference allows.
 Precomputed reference log-probs work for objectives of log-prob sums. Objectives with spans read ``inputs["spans"]``
 [2B, T], which the data collator has to supply. ``padding_free`` does nothing in TRL's own trainer and nothing here. Not
 in the log: entropy, logits/*, token accuracy.
@@ -40,11 +41,16 @@ class ObjectiveMixin:
     objective: ClassVar[Objective | None] = None
     impl: ClassVar[str] = "auto"
     """As :func:`tempo_kernels.head.linear_logp`."""
+    exact_kl: ClassVar[bool] = False
+    """As :func:`tempo_kernels.head.linear_logp`; for objectives with a KL."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         _check_version()
         config = kwargs["args"] if "args" in kwargs else args[2] if len(args) > 2 else None
-        _check_arguments(config, _objective(self, config))
+        objective = _objective(self, config)
+        _check_arguments(config, objective)
+        if self.exact_kl:
+            _check_exact_kl(objective, self.impl)
         super().__init__(*args, **kwargs)  # type: ignore[misc]
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError("a router's auxiliary loss is not supported here: set router_aux_loss_coef to 0.0")
@@ -76,7 +82,8 @@ class ObjectiveMixin:
         if objective.needs_reference and sums is None:
             live = self._reference_adapter() if self.ref_model is None else {"reference": self.ref_model}
         model_inputs, labels = _split(inputs)
-        answers = answer_logps(model, model_inputs, labels, **live, kl=objective.needs_kl, impl=self.impl)
+        wanted: dict[str, Any] = {"kl": objective.needs_kl, "exact_kl": self.exact_kl, "impl": self.impl}
+        answers = answer_logps(model, model_inputs, labels, **live, **wanted)
         if sums is not None:  # objectives of sums alone get here: any split over the tokens is the same to them
             answers.ref_logp = (sums / answers.lengths())[answers.row].to(answers.logp.dtype)
         out = objective(answers.logp, answers.ref_logp, answers.kl, _batch(answers, inputs.get("spans")))
@@ -173,3 +180,10 @@ def _check_arguments(config: Any, objective: Objective) -> None:
             f"precompute_ref_log_probs keeps one sum per answer, and objective {objective.name!r} needs the "
             "reference's tokens: leave it unset"
         )
+
+
+def _check_exact_kl(objective: Objective, impl: str) -> None:
+    if not objective.needs_kl:
+        raise ValueError(f"exact_kl: objective {objective.name!r} has no KL: leave exact_kl unset")
+    if impl == "one_pass":
+        raise ValueError("exact_kl: impl 'one_pass' cannot form p - q: use 'recompute' or 'auto'")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tempo_fast.integrations import trl as drop_in
+from tempo_kernels import backend
 from tempo_kernels.objectives import make_objective
 
 VOCABULARY = 61
@@ -151,16 +152,30 @@ def test_the_reference_of_a_continued_adapter_is_its_first_state(
     assert log["eval_rewards/chosen"] == log["eval_rewards/rejected"] == 0.0
 
 
-def test_an_objective_that_trl_does_not_have(tmp_path: Path, make_model: Make, with_adapter: Make) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_objective_that_trl_does_not_have(
+    exact: bool, tmp_path: Path, make_model: Make, with_adapter: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exact KL and spans through TRL's trainer, against softmax over whole logits in float64."""
+    walks = []
+    pair_backward = backend.TORCH.pair_backward
+
+    def spy(*arguments: Any, **wanted: Any) -> Any:
+        walks.append(wanted)
+        return pair_backward(*arguments, **wanted)
+
+    monkeypatch.setattr(backend, "TORCH", backend.TORCH._replace(pair_backward=spy))
 
     class Trainer(drop_in.DPOTrainer):
         objective = make_objective("rrpo", beta=0.5, alpha=0.1)
+        exact_kl = exact
 
     trainer = build(Trainer, tmp_path, with_adapter(make_model()))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     spans = torch.randint(0, 2, batch["input_ids"].shape, generator=torch.Generator().manual_seed(0))
     loss = trainer.compute_loss(trainer.model, {**batch, "spans": spans})
+    loss.backward()
+    assert len(walks) == exact  # p - q takes a second walk
 
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     policy = torch.log_softmax(trainer.model(**inputs).logits[:, :-1].double(), -1)
@@ -205,6 +220,22 @@ def test_arguments_are_never_dropped_in_silence(
         setattr(config, key, value)
     with pytest.raises(ValueError, match=words):
         cls(None, None, config)
+
+
+@pytest.mark.parametrize(
+    ("objective", "impl", "changes", "words"),
+    [
+        ("dpo", "auto", {}, "has no KL"),
+        ("tdpo1", "one_pass", {}, "recompute"),
+        ("tdpo1", "auto", {"precompute_ref_log_probs": True}, "reference's tokens"),
+    ],
+)
+def test_an_exact_kl_that_cannot_be_is_refused(
+    objective: str, impl: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    members = {"objective": make_objective(objective), "impl": impl, "exact_kl": True}
+    with pytest.raises(ValueError, match=words):
+        type("Trainer", (drop_in.DPOTrainer,), members)(None, None, arguments(tmp_path, **changes))
 
 
 def test_heads_that_cannot_be_used_are_refused_at_construction(

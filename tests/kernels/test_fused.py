@@ -213,6 +213,19 @@ def test_small_gradients_survive_a_float16_slab() -> None:
     assert (gradient(2.0**-24) - gradient(1.0)).abs().max() <= 1e-5 * gradient(1.0).abs().max()
 
 
+@pytest.mark.skipif(CUDA, reason="the bench itself runs on a GPU")
+def test_tuning_compares_every_candidate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from bench.tune import runs, tune
+
+    table, other = tiles.tile_of("interpreter", "exp_slab"), tiles.Tile(64, 64, 32, 1, 1)
+    monkeypatch.setitem(tiles.CANDIDATES, "interpreter", {"exp_slab": (other,)})
+    calls = runs(5, 131, 32, "cpu", torch.float32)
+    rows, better = tune(list(calls), "interpreter", calls, 1, "cpu")
+    assert [r["impl"] for r in rows if r["case"] == "exp_slab"] == ["32x64x32x1x1", "64x64x32x1x1"]
+    assert {r["case"] for r in rows} == set(calls) and all(r["ms"] > 0 for r in rows)
+    assert better in ({}, {"exp_slab": list(other)}) and tiles.tile_of("interpreter", "exp_slab") == table
+
+
 def test_no_tokens() -> None:
     hidden, ref, weight, bias, labels, _, _ = make(4, 131, 32, DTYPES[0])
     x, w = hidden[:0].clone().requires_grad_(), weight.clone().requires_grad_()

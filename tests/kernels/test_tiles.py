@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_kernels.fused import tiles
-from tempo_kernels.fused.tiles import CANDIDATES, CAPPED, KINDS, TABLE, Tile, architecture, slice_width, tile_of
+from tempo_kernels.fused.tiles import (
+    CANDIDATES,
+    CAPPED,
+    FILE_VARIABLE,
+    KINDS,
+    TABLE,
+    Tile,
+    architecture,
+    slice_width,
+    tile_of,
+    tuned,
+)
 
 
 @given(
@@ -54,3 +66,28 @@ def test_every_architecture_has_every_kernel() -> None:
 def test_a_cap_changes_only_what_is_listed(arch: str) -> None:
     for kind in KINDS:
         assert tile_of(arch, kind, True) == CAPPED.get(arch, {}).get(kind, tile_of(arch, kind))
+
+
+@pytest.fixture
+def tiles_file(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv(FILE_VARIABLE, str(path))
+    tuned.cache_clear()
+    yield path
+    tuned.cache_clear()
+
+
+def test_a_file_of_tuned_tiles_goes_before_the_table(tiles_file) -> None:
+    tiles_file.write_text(json.dumps({"env": {}, "tiles": {"exp_slab": [64, 128, 64, 2, 4]}, "rows": []}))
+    assert tile_of("sm90", "exp_slab") == Tile(64, 128, 64, 2, 4)
+    assert tile_of("sm90", "gradient") == TABLE["sm90"]["gradient"]
+    assert tile_of("sm90", "gradient", cap=True) == CAPPED["sm90"]["gradient"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"exp_slab": [64, 128]}, {"slab": [64, 128, 64, 2, 4]}, {"exp_slab": [64, 96, 64, 2, 4]}]
+)
+def test_a_wrong_file_is_named(wrong, tiles_file) -> None:
+    tiles_file.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=str(tiles_file)):
+        tile_of("sm90", "exp_slab")

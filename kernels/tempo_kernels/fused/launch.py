@@ -5,8 +5,9 @@ Shapes as in kernels.py. Everything is enqueued on the current stream; `sweep_*`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -23,6 +24,7 @@ try:
 except ImportError:  # Triton before 3.4 has no host descriptors: pointers then
     TensorDescriptor = None
 
+T = TypeVar("T")
 PROBE = 256
 """Columns whose largest score bounds a row's offset from below."""
 HALF_MARGIN = 8.0
@@ -64,6 +66,23 @@ def _slices(vocabulary: int, width: int) -> list[tuple[int, int]]:
     return [(first, min(width, vocabulary - first)) for first in range(0, vocabulary, width)]
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy whose rows are contiguous and start where TMA can read them."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _on_its_device(function: Callable[..., T]) -> Callable[..., T]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+
+    @functools.wraps(function)
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> T:
+        with torch.cuda.device_of(hidden):
+            return function(hidden, *args, **kwargs)
+
+    return run
+
+
 def _slab(plan: _Plan, rows: int, width: int) -> Tensor:
     # rows of a slab start at multiples of 16 bytes: width is a multiple of a tile
     return plan.weight.new_empty(rows, width)
@@ -73,6 +92,7 @@ def _slab(plan: _Plan, rows: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
+@_on_its_device
 def sweep_head(hidden: Tensor, weight: Tensor, labels: Tensor, *, want_mean: bool) -> Swept:
     """logsumexp, label score (0 where the label lies outside) and (``want_mean``) mean head row of every token.
 
@@ -82,6 +102,7 @@ def sweep_head(hidden: Tensor, weight: Tensor, labels: Tensor, *, want_mean: boo
 
 
 @torch.no_grad()
+@_on_its_device
 def sweep_pair(
     hidden: Tensor, reference: Tensor, weight: Tensor, labels: Tensor, *, want_mean: bool, want_ref_mean: bool
 ) -> tuple[Swept, Swept]:
@@ -153,7 +174,7 @@ def _sweep_block(
     vocabulary, d = weight.shape
     height = xs[0].shape[0]
     if len(xs) == 1:
-        x, offset, pitch = xs[0].contiguous(), offsets[0], height
+        x, offset, pitch = _aligned(xs[0]), offsets[0], height
     else:
         # every part starts at a tile: equal rows then meet equal arithmetic whatever the matmul's inner order
         pitch = triton.cdiv(height, tile.rows) * tile.rows
@@ -223,6 +244,7 @@ def _library_accumulates(a: Tensor) -> bool:
 
 
 @torch.no_grad()
+@_on_its_device
 def pair_forward(
     hidden: Tensor, reference: Tensor | None, weight: Tensor, labels: Tensor, bias: Tensor | None,
     softcap: float | None, want_kl: bool,
@@ -242,8 +264,8 @@ def _statistics(
     tile = plan.tile(kind, softcap is not None)
     vocabulary = weight.shape[0]
     tiles_v = triton.cdiv(vocabulary, tile.cols)
-    x = x.contiguous()
-    r = x if reference is None else reference.contiguous()
+    x = _aligned(x)
+    r = x if reference is None else _aligned(reference)
 
     def buffer(wanted: bool) -> Tensor:
         return torch.empty(tiles_v if wanted else 1, max(n, 1), dtype=torch.float32, device=weight.device)
@@ -270,6 +292,7 @@ def _statistics(
 
 
 @torch.no_grad()
+@_on_its_device
 def pair_backward(
     hidden: Tensor, reference: Tensor | None, weight: Tensor, labels: Tensor, bias: Tensor | None,
     softcap: float | None, lse: Tensor, ref_lse: Tensor | None, d_logp: Tensor, d_kl: Tensor | None, *,
@@ -295,8 +318,8 @@ def pair_backward(
     pair = reference is not None and d_kl is not None
     kind = "pair_gradient" if pair else "gradient"
     tile = plan.tile(kind, softcap is not None)
-    x = hidden.contiguous()
-    r = reference.contiguous() if pair and reference is not None else x
+    x = _aligned(hidden)
+    r = _aligned(reference) if pair and reference is not None else x
     width = slice_width(n, vocabulary, tile, plan.programs, weight.element_size())
     slab = _slab(plan, n, width)
     x_arg, r_arg = plan.matrix(x, tile.rows, tile.depth), plan.matrix(r, tile.rows, tile.depth)

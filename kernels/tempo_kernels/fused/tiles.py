@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import os
 from typing import NamedTuple
+
+FILE_VARIABLE = "TEMPO_KERNELS_TILES"
 
 
 class Tile(NamedTuple):
@@ -87,8 +92,31 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def tile_of(arch: str, kind: str, cap: bool = False) -> Tile:
-    """The tile of a kernel on a row of the table, `cap`: under a softcap."""
+    """The tile of a kernel on a row of the table, `cap`: under a softcap. What tuning found goes before the table."""
+    if kind in tuned() and not cap:
+        return tuned()[kind]
     return CAPPED.get(arch, {}).get(kind, TABLE[arch][kind]) if cap else TABLE[arch][kind]
+
+
+@functools.cache
+def tuned() -> dict[str, Tile]:
+    """Tiles by kernel from the JSON file that TEMPO_KERNELS_TILES names, as `python -m bench tune` writes it.
+
+    Raises ValueError for a kernel or a tile that cannot be, naming the file.
+    """
+    path = os.environ.get(FILE_VARIABLE)
+    if not path:
+        return {}
+    with open(path) as file:
+        found = json.load(file)
+    tiles = {}
+    for kind, numbers in found.get("tiles", found).items():
+        if kind not in KINDS or len(numbers) != 5 or any(not isinstance(x, int) or x < 1 for x in numbers):
+            raise ValueError(f"{path}: {kind}: {numbers} is no tile (rows, cols, depth, stages, warps) of {KINDS}")
+        if any(x & (x - 1) for x in numbers[:3]) or numbers[4] & (numbers[4] - 1):
+            raise ValueError(f"{path}: {kind}: rows, cols, depth and warps must be powers of two, got {numbers}")
+        tiles[kind] = Tile(*numbers)
+    return tiles
 
 
 def slice_width(rows: int, vocabulary: int, tile: Tile, programs: int, itemsize: int = 2) -> int:

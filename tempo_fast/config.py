@@ -60,10 +60,10 @@ class DataConfig:
 class VideoConfig:
     backend: Literal["auto", "pyav", "torchcodec", "dali-cpu", "dali-gpu"] = "auto"
     """Decoder. ``auto`` takes dali-gpu with a CUDA device and DALI installed, else pyav. A missing one is an error."""
-    sampling: Literal["auto", "qwen_vl_utils", "hf_qwen2_vl", "hf_uniform", "hf_internvl"] = "auto"
+    sampling: Literal["auto", "qwen_vl_utils", "hf_qwen2_vl", "hf_qwen3_vl", "hf_uniform", "hf_internvl"] = "auto"
     """Rule that turns (frames, fps) into indices; ``auto`` is the model family's own.
-    ``qwen_vl_utils``: linspace + round; ``hf_qwen2_vl``, ``hf_uniform``: the first frame of even parts, by
-    transformers' arithmetic; ``hf_internvl``: the middle frame of each. A fixed number of frames: min_frames = max_frames."""
+    ``qwen_vl_utils``: linspace + round; ``hf_qwen2_vl``, ``hf_uniform``: the first frame of even parts, as transformers
+    computes it; ``hf_internvl``: the middle frame of each. A fixed number of frames: min_frames = max_frames."""
     fps: float = 1.0
     """Sampled frames per second."""
     min_frames: int = 4

@@ -161,12 +161,13 @@ def tiny_lora(tiny: Any) -> Any:
 
 @dataclass(frozen=True)
 class FakePlan:
-    """A video without a file: ``key`` decides its pixels, ``n_frames`` may be odd."""
+    """A video without a file: ``key`` decides its pixels, ``n_frames`` may be odd. Two frames are shown a second."""
 
     name: str
     n_frames: int
     height: int = 28
     width: int = 28
+    patch: int = 14
 
     @property
     def path(self) -> str:
@@ -178,7 +179,13 @@ class FakePlan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return (-(-self.n_frames // 2), self.height // 14, self.width // 14)
+        return (-(-self.n_frames // 2), self.height // self.patch, self.width // self.patch)
+
+    @property
+    def timing(self) -> Any:
+        from tempo_fast.models.family import Timing
+
+        return Timing(tuple(i / 2 for i in range(self.n_frames)), 2.0)
 
 
 class FakeReader:
@@ -191,7 +198,7 @@ class FakeReader:
         self.calls.append(plan.key)
         t, h, w = plan.grid
         generator = torch.Generator().manual_seed(int(plan.key[:12], 16))
-        return torch.randn(t * h * w, 3 * 2 * 14 * 14, generator=generator)
+        return torch.randn(t * h * w, 3 * 2 * plan.patch**2, generator=generator)
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempo_fast.models.family import Grid, Prompt
+from tempo_fast.models.family import Prompt
 from tempo_fast.models.load import Bundle
 from tempo_fast.runtime.head import gathered_head
+from tempo_fast.trees.layout import prompt_of
 from tempo_kernels.head import head_statistics
 
 # keys and values of this many tokens are held at once, prefix included
@@ -65,8 +66,7 @@ def score(
     if not items:
         return []
     model, family = bundle.model, bundle.family
-    grids = [Grid(*p.grid) for p in plans]
-    prompts = [family.build_prompt(bundle.tokenizer, bundle.config, text, grids) for text, _ in items]
+    prompts = [prompt_of(family, bundle.tokenizer, bundle.config, text, plans) for text, _ in items]
     cut = common_prefix(prompts)
     if bool(prompts[0].visual[cut:].any()):
         raise ValueError("the prompts differ before their videos; the family must put videos first")

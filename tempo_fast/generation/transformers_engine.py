@@ -15,9 +15,10 @@ from tempo_fast.config import GenerationConfig
 from tempo_fast.files import digest
 from tempo_fast.generation.base import Request, request_identity, sampling_provenance
 from tempo_fast.generation.prefetch import by_video, shared_reader
-from tempo_fast.models.family import Grid, Prompt
+from tempo_fast.models.family import Prompt
 from tempo_fast.models.load import Bundle
 from tempo_fast.runtime.progress import progress
+from tempo_fast.trees.layout import prompt_of
 from tempo_fast.trees.vision import FeatureCache
 
 # padded prompt tokens of one batch: bounds the key-value cache of long videos
@@ -51,9 +52,7 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], desc: str = "") -> list[str]:
         """See base.Engine."""
         b = self.bundle
-        prompts = [
-            b.family.build_prompt(b.tokenizer, b.config, r.prompt, [Grid(*p.grid) for p in r.plans]) for r in requests
-        ]
+        prompts = [prompt_of(b.family, b.tokenizer, b.config, r.prompt, r.plans) for r in requests]
         self._encode_clips(requests)
         # prompts of like length pad little, and with videos the length of the answer goes with that of the prompt
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i].input_ids), i))
@@ -101,7 +100,6 @@ class TransformersEngine:
         ids, positions, mask, visual = (x.to(device) for x in left_pad(prompts, pad))
         plans = [plan for r in requests for plan in r.plans]
         features = self.features.features(b.family, b.model, self.reader, plans)
-        embeds = b.family.embed(b.model, ids, visual, features)
         limits = [r.max_new_tokens or self.config.max_new_tokens for r in requests]
         stops = stop_tokens(b)
         processors = LogitsProcessorList()
@@ -111,9 +109,15 @@ class TransformersEngine:
         mode = model.training
         model.eval()
         try:
+            # all of the prompt but its last token, by the forward that every family has: ``generate`` takes no features
+            # that enter deeper layers
+            cache = b.family.new_cache(b.model)
+            b.family.hidden_states(
+                b.model, ids[:, :-1], positions[..., :-1], mask[:, :-1], visual[:, :-1], features, cache
+            )
             out = model.generate(
                 input_ids=ids,
-                inputs_embeds=embeds,
+                past_key_values=cache,
                 position_ids=b.family.model_positions(positions),
                 attention_mask=mask,
                 logits_processor=processors,

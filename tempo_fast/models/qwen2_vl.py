@@ -153,8 +153,8 @@ class Qwen2VL:
 
 
 def vision_positions(grid: Grid, merge: int, interval: float | Tensor = 1) -> Tensor:
-    """M-RoPE positions [3, n] of one video, from 0: one step per merged row and merged column, and ``interval``, rounded
-    down, per temporal patch."""
+    """M-RoPE positions [3, n] of one video, from 0: one step per merged row and merged column, ``interval`` (rounded
+    down) per temporal patch."""
     t = (torch.arange(grid.t) * interval).long()
     h, w = torch.arange(grid.h // merge), torch.arange(grid.w // merge)
     return torch.stack(torch.meshgrid(t, h, w, indexing="ij")).reshape(3, -1)

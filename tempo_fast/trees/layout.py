@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tempo_fast.errors import InputError
-from tempo_fast.models.family import Family, Grid, Prompt
+from tempo_fast.models.family import Family, Grid, Prompt, Timing
 
 
 class Plan(Protocol):
-    """What a tree needs to know of a video: which pixels (``key``) and how many (``grid``)."""
+    """What a tree needs to know of a video: which pixels (``key``), how many (``grid``), and when they are shown."""
 
     @property
     def key(self) -> str: ...
 
     @property
     def grid(self) -> Grid: ...
+
+    @property
+    def timing(self) -> Timing: ...
 
 
 @dataclass
@@ -63,6 +66,12 @@ class ResponseTree:
         return sum(len(b.input_ids) for b in self.branches)
 
 
+def prompt_of(family: Family, tokenizer: Any, hf_config: Any, text: str, plans: Sequence[Plan]) -> Prompt:
+    """The family's prompt about the videos of ``plans``."""
+    grids = [Grid(*p.grid) for p in plans]
+    return family.build_prompt(tokenizer, hf_config, text, grids, [p.timing for p in plans])
+
+
 def build_tree(
     family: Family,
     tokenizer: Any,
@@ -87,7 +96,7 @@ def build_tree(
         spans: per answer, character ranges [start, end) of its text; a token that touches a range belongs to it, the
             first range where it touches two.
         pair_spans: per answer after the first, the ranges of the first answer that belong to this pair.
-        plans: the videos, each with ``.key`` and ``.grid``; empty for a text-only record.
+        plans: the videos (``Plan``); empty for a text-only record.
 
     Raises:
         InputError: an answer is empty, there is no answer, or a span lies outside its answer; names the record.
@@ -98,7 +107,7 @@ def build_tree(
         raise InputError(f"record {id}: field 'spans' has {len(spans)} lists for {len(answers)} answers")
     if pair_spans is not None and len(pair_spans) != len(answers) - 1:
         raise InputError(f"record {id}: {len(pair_spans)} lists of chosen spans, {len(answers) - 1} rejected answers")
-    prompt = family.build_prompt(tokenizer, hf_config, prompt_text, [Grid(*p.grid) for p in plans])
+    prompt = prompt_of(family, tokenizer, hf_config, prompt_text, plans)
     branches: list[Branch] = []
     unaligned: list[tuple[int, int]] = []
 

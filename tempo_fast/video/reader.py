@@ -16,7 +16,7 @@ from torch import Tensor
 from tempo_fast.config import VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest
-from tempo_fast.models.family import Grid, VideoGeometry
+from tempo_fast.models.family import Grid, Timing, VideoGeometry
 from tempo_fast.video.decode import open_decoder
 from tempo_fast.video.preprocess import fit, to_patches
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
@@ -27,14 +27,16 @@ from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_m
 class FramePlan:
     """What will be read: everything that decides the pixels, before any is decoded.
 
-    ``indices`` frame numbers in the order shown; ``timestamps`` seconds, ascending; ``height`` and ``width`` pixels
-    after resizing; ``rule`` sampling, resize, decoder and colour route and pixel budget, as text.
+    ``indices`` frame numbers in the order shown; ``timestamps`` seconds, ascending; ``fps`` frames over the seconds
+    they stand for; ``height`` and ``width`` pixels after resizing; ``rule`` sampling, resize, decoder and colour route
+    and pixel budget, as text.
     """
 
     path: str
     digest: str
     indices: tuple[int, ...]
     timestamps: tuple[float, ...]
+    fps: float
     height: int
     width: int
     grid: Grid
@@ -44,7 +46,13 @@ class FramePlan:
     def key(self) -> str:
         """SHA-256 (hex) of all of the above but the path: the same bytes under another name are the same video."""
         times = [round(t, 6) for t in self.timestamps]
-        return digest([self.digest, self.indices, times, self.height, self.width, list(self.grid), self.rule])
+        size = [self.height, self.width, list(self.grid)]
+        return digest([self.digest, self.indices, times, round(self.fps, 6), *size, self.rule])
+
+    @property
+    def timing(self) -> Timing:
+        """What the model may be told of time."""
+        return Timing(self.timestamps, self.fps)
 
 
 class VideoReader:
@@ -71,22 +79,27 @@ class VideoReader:
         return probe(path)
 
     def plan(self, path: str | os.PathLike[str], indices: Sequence[int] | None = None) -> FramePlan:
-        """Plan the given frames in the given order, or the sampled frames of the whole file."""
+        """Plan the given frames in the given order, or the sampled frames of the whole file.
+
+        Given frames that run backwards somewhere are told as if they came at the configured rate.
+        """
         info = probe(path)
         if indices is None:
-            indices = self._sample(info, 0, info.n_frames, self.config.min_frames)
+            return self._plan_sampled(info, 0, info.n_frames, self.config.min_frames)
         chosen = check_indices(info, indices)
         times = [info.pts_s[i] for i in chosen]
         if any(b < a for a, b in zip(times, times[1:], strict=False)):
-            times = self._even_times(len(chosen))
-        return self._make(info, chosen, times)
+            return self._make(info, chosen, self._even_times(len(chosen)), self.config.fps)
+        lasts = times[-1] - times[0]
+        return self._make(info, chosen, times, (len(chosen) - 1) / lasts if lasts > 0 else self.config.fps)
 
     plan_indices = plan
 
     def plan_range(self, path: str | os.PathLike[str], start_frame: int, end_frame: int) -> FramePlan:
         """Plan one clip [start_frame, end_frame): its frames at ``config.fps``, at least one temporal patch of them."""
         info = probe(path)
-        return self.plan(path, self._range(info, start_frame, end_frame))
+        self._check_range(info, start_frame, end_frame)
+        return self._plan_sampled(info, start_frame, end_frame, self.geometry.temporal)
 
     def plan_clips(self, path: str | os.PathLike[str], ranges: Sequence[tuple[int, int]]) -> FramePlan:
         """Plan clips one after the other, in the order given: the perturbed video.
@@ -95,12 +108,15 @@ class VideoReader:
         at the sampled rate, so that they do not give the perturbation away.
         """
         info = probe(path)
-        indices = [i for start, end in ranges for i in self._range(info, start, end)]
+        indices: list[int] = []
+        for start, end in ranges:
+            self._check_range(info, start, end)
+            indices += self._sample(info, start, end, self.geometry.temporal)
         if not indices:
             raise InputError(f"{info.path}: no clips to show")
         most = max(self.geometry.temporal, self.config.max_frames // self.geometry.temporal * self.geometry.temporal)
         indices = thin(indices, most)
-        return self._make(info, indices, self._even_times(len(indices)))
+        return self._make(info, indices, self._even_times(len(indices)), self.config.fps)
 
     def frames(self, plan: FramePlan) -> Tensor:
         """uint8 [F, H, W, 3] at native size, on the decoder's device. Raises DecodeError."""
@@ -120,13 +136,19 @@ class VideoReader:
             frames = fit(frames, plan.height, plan.width, crop=self.geometry.crop)
         return to_patches(frames, self.geometry)
 
-    def _range(self, info: VideoInfo, start: int, end: int) -> list[int]:
+    @staticmethod
+    def _check_range(info: VideoInfo, start: int, end: int) -> None:
         if not 0 <= start < end <= info.n_frames:
             raise InputError(f"{info.path}: clip [{start}, {end}) is not inside its {info.n_frames} frames")
-        return [start + i for i in self._sample(info, start, end, self.geometry.temporal)]
+
+    def _plan_sampled(self, info: VideoInfo, start: int, end: int, min_frames: int) -> FramePlan:
+        indices = self._sample(info, start, end, min_frames)
+        # as transformers' VideoMetadata.sampled_fps
+        fps = len(indices) / (end - start) * info.fps
+        return self._make(info, indices, [info.pts_s[i] for i in indices], fps)
 
     def _sample(self, info: VideoInfo, start: int, end: int, min_frames: int) -> list[int]:
-        return sample_frames(
+        indices = sample_frames(
             self.sampling,
             end - start,
             info.fps,
@@ -135,11 +157,12 @@ class VideoReader:
             max_frames=max(min_frames, self.config.max_frames),
             temporal=self.geometry.temporal,
         )
+        return [start + i for i in indices]
 
     def _even_times(self, n: int) -> list[float]:
         return [i / self.config.fps for i in range(n)]
 
-    def _make(self, info: VideoInfo, indices: Sequence[int], times: Sequence[float]) -> FramePlan:
+    def _make(self, info: VideoInfo, indices: Sequence[int], times: Sequence[float], fps: float) -> FramePlan:
         c, g = self.config, self.geometry
         h, w, size = self._size(info, len(indices))
         rule = (
@@ -152,6 +175,7 @@ class VideoReader:
             digest=info.digest,
             indices=tuple(indices),
             timestamps=tuple(times),
+            fps=fps,
             height=h,
             width=w,
             grid=g.grid(len(indices), h, w),

@@ -2,8 +2,8 @@
 
 ``qwen_vl_utils`` is qwen-vl-utils' rule (linspace and round), ``hf_qwen2_vl`` is transformers'
 ``Qwen2VLVideoProcessor.sample_frames`` (arange and truncation), ``hf_uniform`` its ``default_sample_indices_fn`` (whole
-numbers), ``hf_internvl`` its ``InternVLVideoProcessor.sample_frames`` (the middle of each part). Pure functions of
-numbers.
+numbers), ``hf_internvl`` its ``InternVLVideoProcessor.sample_frames`` (the middle of each part), ``hf_qwen3_vl`` its
+``Qwen3VLVideoProcessor.sample_frames`` (linspace and round in float64, odd counts too). Pure functions of numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from tempo_fast.config import VideoConfig
 from tempo_fast.models.family import VideoGeometry
 
-RULES = ("qwen_vl_utils", "hf_qwen2_vl", "hf_uniform", "hf_internvl")
+RULES = ("qwen_vl_utils", "hf_qwen2_vl", "hf_qwen3_vl", "hf_uniform", "hf_internvl")
 _MAX_ASPECT = 200
 
 
@@ -41,7 +41,8 @@ def sample_frames(
     """Indices of the sampled frames, ascending, in [0, n_total).
 
     The count is n_total / fps_source * fps, clamped to [min_frames, max_frames] and to what the file has, then floored
-    to a multiple of ``temporal``. A file with fewer than ``temporal`` frames gives all of them (both originals refuse).
+    to a multiple of ``temporal`` (``hf_qwen3_vl``: to a whole number). A file with fewer than ``temporal`` frames gives
+    all of them (the originals refuse).
     transformers' arange can return one index too many, past the last frame, when the step is no binary fraction; that
     one is left out here.
 
@@ -65,6 +66,9 @@ def sample_frames(
     if n_total < temporal:
         return list(range(n_total))
     wanted = n_total / fps_source * fps
+    if rule == "hf_qwen3_vl":
+        n = min(max(int(wanted), min_frames), max_frames, n_total)
+        return [round(i * ((n_total - 1) / max(n - 1, 1))) for i in range(n)]
     most = max(temporal, _floor_to(min(max_frames, n_total), temporal))
     if rule == "qwen_vl_utils":
         n = _floor_to(min(max(wanted, _ceil_to(min_frames, temporal)), most), temporal)

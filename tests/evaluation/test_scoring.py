@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tempo_fast.evaluation import scoring
+from tempo_fast.models import Grid
 from tempo_fast.trees.batch import collate, collate_rows
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import build_tree
@@ -63,7 +64,7 @@ def test_equal_to_full_logits_in_double_precision(tiny_path, reader, make_plan):
     got = scoring.score(bundle, double, features, plans, ITEMS)
     visual = features.features(bundle.family, bundle.model, double, plans)
     for (text, answers), scores in zip(ITEMS, got, strict=True):
-        prompt = bundle.family.build_prompt(bundle.tokenizer, bundle.config, text, [scoring.Grid(*plans[0].grid)])
+        prompt = bundle.family.build_prompt(bundle.tokenizer, bundle.config, text, [Grid(*plans[0].grid)])
         for answer, s in zip(answers, scores, strict=True):
             tail = torch.tensor(bundle.family.answer_ids(bundle.tokenizer, answer))
             ids = torch.cat([prompt.input_ids, tail])[None]

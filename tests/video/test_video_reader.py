@@ -104,6 +104,20 @@ def test_all_that_decides_pixels_is_in_the_key(plain, geometry, reader):
     assert len(keys) == 9
 
 
+def test_the_rate_is_that_of_the_frames_shown(reader, plain):
+    """60 frames at 30 a second: transformers' sampled_fps for sampled frames, the mean step for given ones."""
+    assert reader.plan(plain).fps == pytest.approx(8 / 2)
+    assert reader.plan_range(plain, 20, 50).fps == pytest.approx(4 / 1)
+    assert reader.plan_range(plain, 30, 33).fps == pytest.approx(2 / 0.1)
+    given = reader.plan(plain, [0, 10, 40])
+    assert given.timing == ((0.0, pytest.approx(1 / 3), pytest.approx(4 / 3)), pytest.approx(2 / (4 / 3)))
+    # frames out of order come at the configured rate
+    for plan in (reader.plan(plain, [10, 0, 40]), reader.plan_clips(plain, [(30, 60), (0, 30)])):
+        assert plan.timing == (tuple(i / 4 for i in range(len(plan.indices))), 4.0)
+    assert reader.plan(plain, [7]).fps == 4.0
+    assert dataclasses.replace(given, fps=given.fps * 2).key != given.key
+
+
 def test_a_file_that_changed_is_not_read_by_an_old_plan(tmp_path, counter, reader):
     path = counter.write(tmp_path / "c.mp4", 20)
     plan = reader.plan(path)

@@ -25,10 +25,11 @@ def test_sampling_promises(rule, n, rate, fps, least, more, temporal):
     indices = sample_frames(rule, n, rate, fps=fps, min_frames=least, max_frames=least + more, temporal=temporal)
     assert indices == sorted(indices) and 0 <= indices[0] and indices[-1] < n
     if n >= temporal:
-        assert len(indices) % temporal == 0 and len(indices) <= max(temporal, least + more, n)
+        assert len(indices) % temporal == 0 or rule == "hf_qwen3_vl"
+        assert len(indices) <= max(temporal, least + more, n)
         assert len(set(indices)) == len(indices)
     assert indices[0] == 0 or rule == "hf_internvl"
-    if rule == "qwen_vl_utils" and len(indices) > 1:
+    if rule in ("qwen_vl_utils", "hf_qwen3_vl") and len(indices) > 1:
         assert indices[-1] == n - 1
 
 
@@ -51,6 +52,15 @@ def test_hf_positions_are_truncated_steps(n, rate, fps):
     for k, index in enumerate(got):
         exact = Fraction(k * n, len(got))
         assert exact - 1 - Fraction(1, 1000) < index <= exact + Fraction(1, 1000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts.filter(lambda n: n >= 4), rates, fps_wanted)
+def test_qwen3_vl_counts_and_positions(n, rate, fps):
+    """transformers' Qwen3VLVideoProcessor: the count is cut to a whole number, even or odd; numpy linspace, rounded."""
+    got = sample_frames("hf_qwen3_vl", n, rate, fps=fps, min_frames=4, max_frames=768)
+    count = min(max(int(n / rate * fps), 4), 768, n)
+    assert got == np.linspace(0, n - 1, count).round().astype(int).tolist()
 
 
 @settings(max_examples=200, deadline=None)

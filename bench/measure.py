@@ -129,12 +129,16 @@ class Marks:
             self.points.append(time.perf_counter())
         self.cpu.append(time.process_time())
 
-    def lap(self, laps: Laps, start: int, end: int) -> None:
-        """Add the time between two marks; waits for the device."""
+    def between(self, start: int, end: int) -> float:
+        """Milliseconds between two marks; waits for the device."""
         first, last = self.points[start], self.points[end]
         if self.cuda:
             last.synchronize()
-        laps.wall.append(first.elapsed_time(last) if self.cuda else 1e3 * (last - first))
+        return first.elapsed_time(last) if self.cuda else 1e3 * (last - first)
+
+    def lap(self, laps: Laps, start: int, end: int) -> None:
+        """Add the time between two marks; waits for the device."""
+        laps.wall.append(self.between(start, end))
         laps.cpu.append(1e3 * (self.cpu[end] - self.cpu[start]))
 
 
@@ -147,18 +151,24 @@ def cold_cache(device: str) -> Callable[[], object]:
     return buffer.zero_
 
 
+def orders(count: int, repetitions: int) -> Iterator[list[int]]:
+    """An order of 0..count-1 per round: each starts one further on, and every other one runs backwards."""
+    for round_ in range(repetitions):
+        order = [(round_ + i) % count for i in range(count)]
+        yield order if round_ % 2 == 0 else order[::-1]
+
+
 def interleaved(
     steps: Sequence[Timed], repetitions: int, device: str, until: Callable[[], bool] | None = None
 ) -> list[Times]:
     """Times of each step (already warm), ``repetitions`` times: all once per round, so that drift hits all alike.
 
-    Every round starts one further on, and every other one runs backwards. ``until`` ends it after a whole round.
+    ``until`` ends it after a whole round.
     """
     times = [Times() for _ in steps]
     clear = cold_cache(device)
-    for round_ in range(repetitions):
-        order = [(round_ + i) % len(steps) for i in range(len(steps))]
-        for i in order if round_ % 2 == 0 else order[::-1]:
+    for order in orders(len(steps), repetitions):
+        for i in order:
             clear()
             synchronize(device)
             marks = Marks(device)

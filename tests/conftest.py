@@ -178,6 +178,10 @@ class FakePlan:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.name.encode()).hexdigest()
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         return (-(-self.n_frames // 2), self.height // self.patch, self.width // self.patch)
 

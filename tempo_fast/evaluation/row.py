@@ -66,9 +66,9 @@ def evaluate(
         try:
             plan = reader.plan(video)
             items: list[tuple[str, Sequence[str]]] = [(q.question, q.options) for q in mine]
-            pair = twins(by_video[video], config.r, seed, plan.key) if video in by_video else None
+            pair = twins(by_video[video], config.r, seed, plan.digest) if video in by_video else None
             if pair is not None and len(pair.answers) > 1:
-                items.append((draw_prompt(VIDEO_PROMPTS, seed, plan.key), pair.answers))
+                items.append((draw_prompt(VIDEO_PROMPTS, seed, plan.digest), pair.answers))
             scores = score(bundle, reader, features, [plan], items)
         except InputError as e:
             skipped.append({"video": video, "reason": str(e)})
@@ -99,7 +99,7 @@ def _captions(
     engine: Engine, plans: dict[str, Any], truths: dict[str, Truth], config: EvalConfig, seed: int
 ) -> dict[str, Any]:
     told = [(truths[v], p) for v, p in plans.items() if v in truths]
-    requests = [Request((p,), draw_prompt(VIDEO_PROMPTS, seed, p.key)) for _, p in told]
+    requests = [Request((p,), draw_prompt(VIDEO_PROMPTS, seed, p.digest)) for _, p in told]
     scores = [score_caption(text, t.events) for (t, _), text in zip(told, engine.generate(requests), strict=True)]
     ones = [1] * len(scores)
     return {

@@ -225,3 +225,15 @@ def plan_type() -> type[FakePlan]:
 def lora() -> Any:
     """The function ``add_lora``."""
     return add_lora
+
+
+@pytest.fixture(scope="session", params=["internvl", "llava_onevision", "llava_next_video"])
+def frames(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Bundle of a tiny model of each family that sees whole frames; shared by all tests, so leave it as it is."""
+    from frame_models import write_checkpoint
+
+    from tempo_fast.models.load import load_bundle
+
+    path = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(request.param, path)
+    return load_bundle(str(path), "float32", "cpu")

@@ -8,7 +8,12 @@ from tempo_fast.errors import InputError
 from tempo_fast.models.family import Family, Grid, Prompt, VideoGeometry
 
 # transformers' ``model_type`` -> module under tempo_fast.models with a ``FAMILY``
-_FAMILIES = {"qwen2_vl": "qwen2_vl"}
+_FAMILIES = {
+    "qwen2_vl": "qwen2_vl",
+    "internvl": "internvl",
+    "llava_onevision": "llava_onevision",
+    "llava_next_video": "llava_next_video",
+}
 
 __all__ = ["Family", "Grid", "Prompt", "VideoGeometry", "get_family", "known_families"]
 

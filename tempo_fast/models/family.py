@@ -70,6 +70,12 @@ class VideoGeometry:
             return grid.t * self.frame_tokens
         return grid.t * grid.h * grid.w // self.merge**2
 
+    def smallest(self) -> tuple[Grid, tuple[int, int]]:
+        """The smallest video: its grid, and the shape of its pixels (see ``Family.encode_vision``)."""
+        if self.side:
+            return self.grid(1, self.side, self.side), (1, 3 * self.side**2)
+        return Grid(1, self.merge, self.merge), (self.merge**2, 3 * self.temporal * self.patch**2)
+
 
 @dataclass
 class Prompt:

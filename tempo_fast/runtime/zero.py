@@ -231,26 +231,36 @@ def _join_group(ranks: Ranks) -> None:
 
 class _FrozenVision:
     """A frozen vision tower that DeepSpeed shall not see: each block in which DeepSpeed walks over all parameters runs
-    ``with`` it, and there the tower hangs on nothing."""
+    ``with`` it, and there the tower hangs on nothing: its module, or the modules and parameters of a list of them. Such
+    parameters, which no module of the tower calls on, stay out also where the tower trains."""
 
     def __init__(self, module: nn.Module, stage: int) -> None:
         family, model = getattr(module, "family", None), getattr(module, "model", None)
         tower = family.vision_tower(model) if stage == 3 and family is not None and model is not None else None
-        self._homes: list[tuple[nn.Module, str, list[str]]] = []
+        parts: list[Any] = []
+        if isinstance(tower, nn.ModuleList):
+            parts = [p for p in tower.parameters(recurse=False) if not p.requires_grad]
         if tower is not None and not any(p.requires_grad for p in tower.parameters()):
-            self._homes = [
-                (m, name, list(m._modules)) for m in module.modules() for name, x in m._modules.items() if x is tower
-            ]
-        self._tower = tower
+            parts += list(tower) if isinstance(tower, nn.ModuleList) else [tower]
+        ids = {id(x) for x in parts}
+        self._homes: list[tuple[nn.Module, str, dict[str, Any], list[str]]] = []
+        for parent in module.modules():
+            for kind in ("_modules", "_parameters"):
+                table = getattr(parent, kind)
+                if hidden := {name: x for name, x in table.items() if id(x) in ids}:
+                    self._homes.append((parent, kind, hidden, list(table)))
 
     def __enter__(self) -> None:
-        for parent, name, _ in self._homes:
-            del parent._modules[name]
+        for parent, kind, hidden, _ in self._homes:
+            for name in hidden:
+                del getattr(parent, kind)[name]
 
     def __exit__(self, *_: object) -> None:
-        for parent, name, order in self._homes:
-            parent._modules[name] = self._tower
-            parent._modules.update({n: parent._modules.pop(n) for n in order})
+        for parent, kind, hidden, order in self._homes:
+            table = getattr(parent, kind)
+            table.update(hidden)
+            if kind == "_modules":  # modules run in their order
+                table.update({n: table.pop(n) for n in order})
 
 
 # What stage 3 leaves on every module; the next engine would take the functions for its own

@@ -14,7 +14,6 @@ import torch
 from tempo_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, read_json, read_jsonl, to_plain, write_json
-from tempo_fast.models.family import Grid
 from tempo_fast.models.load import Bundle
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.runtime.engine import make_train_engine
@@ -272,9 +271,9 @@ def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Ite
         ctx.features.decode_seconds += time.perf_counter() - begin
     elif stage.vision_lora and ctx.ranks.world > 1:
         # where the tower trains, every rank calls it once per micro-batch, or the others wait for its gradients
-        g = bundle.geometry
-        blank = torch.zeros(g.merge**2, 3 * g.temporal * g.patch**2, device=bundle.device, dtype=bundle.dtype)
-        inputs = {"pixels": Pixels(blank, [Grid(1, g.merge, g.merge)], [0]), "blank": True}
+        grid, shape = bundle.geometry.smallest()
+        blank = torch.zeros(shape, device=bundle.device, dtype=bundle.dtype)
+        inputs = {"pixels": Pixels(blank, [grid], [0]), "blank": True}
     elif plans:
         inputs = {"features": ctx.features.features(bundle.family, bundle.model, ctx.reader, plans)}
     hits = misses = 0

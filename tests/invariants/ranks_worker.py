@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conftest  # noqa: E402
 import torch  # noqa: E402
+from frame_models import FramesPlan, FramesReader  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 from tempo_fast.config import TrainConfig  # noqa: E402
@@ -36,7 +37,11 @@ def make_trees(bundle: Any) -> list[Any]:
     out = []
     for i in range(6):
         answers = [f"{i} {ANSWERS[(i + j) % 5]}" for j in range(2 + i % 3)]
-        plans = [] if i == 3 else [conftest.FakePlan(f"v{i}", 1 + i, 28, 28 if i % 2 else 56)]
+        if bundle.geometry.side:
+            video: Any = FramesPlan(f"v{i}", 1 + i, bundle.geometry)
+        else:
+            video = conftest.FakePlan(f"v{i}", 1 + i, 28, 28 if i % 2 else 56)
+        plans = [] if i == 3 else [video]
         spans = [[[2, len(a)]] for a in answers]
         out.append(
             build_tree(
@@ -78,7 +83,8 @@ def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, res
     """Losses and gradient norms of STEPS steps over all ranks, one tree per micro-batch, and the trained weights after
     ``sync_adapter``. ``resume_at`` goes on in a second engine from the first one's state."""
     options = {"beta": 0.3, "alpha": 0.5} if objective == "rrpo" else {"beta": 0.3, "sft_weight": 1.0}
-    reader, cache = conftest.FakeReader(), FeatureCache()
+    reader: Any = FramesReader() if bundle.geometry.side else conftest.FakeReader()
+    cache = FeatureCache()
     trees = make_trees(bundle)
     batches = []
     for tree in trees:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from frame_models import write_checkpoint
 
 pytest.importorskip("deepspeed")
 
@@ -31,6 +32,8 @@ CASES = [
     ["tied+head", 3, "float32", "dpo", 2],
     ["untied+head", 3, "float32", "dpo", 0],
     ["tied+head", 2, "float32", "dpo", 0],
+    # its tower is several modules and a lone parameter, which the text needs
+    ["llava_onevision", 3, "float32", "rrpo", 2],
 ]
 
 
@@ -48,6 +51,7 @@ def folder(worker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     worker.conftest.make_bundle(folder / "tied")
     worker.conftest.make_bundle(folder / "untied", tie=False)
+    write_checkpoint("llava_onevision", folder / "llava_onevision")
     return folder
 
 

@@ -237,3 +237,15 @@ def frames(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp(request.param)
     write_checkpoint(request.param, path)
     return load_bundle(str(path), "float32", "cpu")
+
+
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
+def successor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Bundle of a tiny model of each of Qwen2-VL's successors; shared by all tests, so leave it as it is."""
+    from qwen_models import write_checkpoint
+
+    from tempo_fast.models.load import load_bundle
+
+    path = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(request.param, make_tokenizer(), path)
+    return load_bundle(str(path), "float32", "cpu")

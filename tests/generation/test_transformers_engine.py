@@ -4,34 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from family_checks import greedy_by_full_forwards
 
 from tempo_fast.config import GenerationConfig
 from tempo_fast.generation import Request, make_engine
 from tempo_fast.generation import transformers_engine as te
-from tempo_fast.models import Grid
-
-
-def greedy_by_full_forwards(bundle, reader, features, request, limit):
-    """No cache, no padding: a forward over everything for each token."""
-    family = bundle.family
-    prompt = family.build_prompt(
-        bundle.tokenizer, bundle.config, request.prompt, [Grid(*p.grid) for p in request.plans]
-    )
-    visual = features.features(family, bundle.model, reader, request.plans)
-    ids, position = prompt.input_ids[None], prompt.position_ids[:, None]
-    slots, out = prompt.visual[None], []
-    stop = family.answer_ids(bundle.tokenizer, "")[-1]
-    for step in range(limit):
-        with torch.no_grad():
-            hidden = family.hidden_states(bundle.model, ids, position, None, slots, visual)
-            token = int(family.head(bundle.model)(hidden[0, -1]).argmax())
-        if token == stop:
-            break
-        out.append(token)
-        ids = torch.cat([ids, torch.tensor([[token]])], 1)
-        position = torch.cat([position, torch.full((3, 1, 1), prompt.next_position + step)], 2)
-        slots = torch.cat([slots, torch.zeros(1, 1, dtype=torch.bool)], 1)
-    return bundle.tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
 def requests_of(make_plan):

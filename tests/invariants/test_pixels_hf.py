@@ -27,24 +27,12 @@ def kept() -> dict[str, torch.Tensor]:
     return load_file(hf.KEPT)
 
 
-def write_lossless(path: Path, frames: torch.Tensor) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=12)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "bgr0"
-        for picture in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
 @pytest.mark.parametrize("case", range(len(hf.VIDEOS)))
 def test_pixels_equal_the_hugging_face_processor(kept: dict[str, torch.Tensor], tmp_path: Path, case: int) -> None:
     n, height, width, most = hf.VIDEOS[case]
     frames = hf.frames(n, height, width)
     path = tmp_path / "v.mkv"
-    write_lossless(path, frames)
+    hf.write_lossless(path, frames)
     reader = VideoReader(VideoConfig(backend="pyav", max_pixels=most, min_pixels=56 * 56), GEOMETRY)
     plan = reader.plan(str(path), list(range(n)))
     assert torch.equal(reader.frames(plan), frames)

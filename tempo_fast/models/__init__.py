@@ -10,6 +10,8 @@ from tempo_fast.models.family import Family, Grid, Prompt, VideoGeometry
 # transformers' ``model_type`` -> module under tempo_fast.models with a ``FAMILY``
 _FAMILIES = {
     "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
     "internvl": "internvl",
     "llava_onevision": "llava_onevision",
     "llava_next_video": "llava_next_video",

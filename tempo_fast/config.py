@@ -229,6 +229,10 @@ class TrainConfig:
     """Plain torch on one process, or DeepSpeed under torchrun."""
     zero_stage: Literal[0, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    attention: Literal["auto", "dense", "split", "flash", "flex"] = "auto"
+    """Of packed trees. ``flex``: FlexAttention with a block mask, trains on CUDA alone; ``flash``: the flash-attn
+    package; ``split``: prompt and branches apart, on torch's own kernels; ``dense``: the model's own attention with a
+    mask of all tokens by all tokens, slow. ``auto`` takes the first of these that runs, never ``dense``."""
     trees: bool = True
     """One row per video for all its answers; false runs each answer as a row of its own (slow; same result)."""
 

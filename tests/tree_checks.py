@@ -60,16 +60,22 @@ def pairs_of(packed: PackedBatch) -> BranchBatch:
 
 
 def loss_and_gradients(
-    bundle: Any, reader: Any, packed: PackedBatch, objective: Any, *, train_vision: bool = False
+    bundle: Any,
+    reader: Any,
+    packed: PackedBatch,
+    objective: Any,
+    *,
+    train_vision: bool = False,
+    attention: str = "auto",
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Through the module that is trained, with cached statistics and their exact KL."""
     model, family = bundle.model, bundle.family
     model.zero_grad()
     with reference_mode(model):
         visual = FeatureCache().features(family, model, reader, packed.plans)
-        hidden = tree_hidden(family, model, packed, visual)
+        hidden = tree_hidden(family, model, packed, visual, attention)
         reference = head_statistics(hidden, family.head(model).weight, packed.labels)
-    module = TrainModule(model, family, objective)
+    module = TrainModule(model, family, objective, attention)
     if train_vision:
         pixels = prepare_pixels(reader, packed.plans, "cpu", torch.float32)
         visual = None if pixels is None else encode_pixels(family, model, pixels)

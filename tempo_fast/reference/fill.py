@@ -63,12 +63,18 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
 
 
 def statistics(
-    bundle: Bundle, trees: Sequence[ResponseTree], reader: PixelSource, features: FeatureCache, *, kl: bool
+    bundle: Bundle,
+    trees: Sequence[ResponseTree],
+    reader: PixelSource,
+    features: FeatureCache,
+    *,
+    kl: bool,
+    attention: str = "auto",
 ) -> HeadStatistics:
     """Statistics of ``trees`` in one packed row under the reference. Call inside ``reference_mode``."""
     packed = collate(trees, bundle.device)
     visual = features.features(bundle.family, bundle.model, reader, packed.plans)
-    hidden = tree_hidden(bundle.family, bundle.model, packed, visual)
+    hidden = tree_hidden(bundle.family, bundle.model, packed, visual, attention)
     with gathered_head(bundle.family.head(bundle.model)) as weight:
         return head_statistics(hidden, weight, packed.labels, kl=kl)
 
@@ -82,6 +88,7 @@ def fill(
     *,
     kl: bool,
     max_tokens: int,
+    attention: str = "auto",
     progress: str = "reference",
     ranks: Ranks | None = None,
     check: Callable[[], None] | None = None,
@@ -94,6 +101,7 @@ def fill(
 
     Args:
         kl: also store what the exact KL needs; entries without it are computed again.
+        attention: as ``train.attention``.
         progress: name of the progress bar.
         ranks: None takes the process group as it is.
         check: called before every pack, equally often on every rank; may raise (``Stopper.check``), what was stored
@@ -129,7 +137,7 @@ def fill(
                 continue
             members = mine[turn]
             with reference_mode(bundle.model):
-                found = statistics(bundle, [todo[i][0] for i in members], reader, features, kl=kl)
+                found = statistics(bundle, [todo[i][0] for i in members], reader, features, kl=kl, attention=attention)
             names = [key for i in members for key in todo[i][1]]
             sizes = [len(b.input_ids) for i in members for b in todo[i][0].branches]
             pieces = zip(*(x.split(sizes) if x is not None else [None] * len(sizes) for x in found), strict=True)
@@ -156,6 +164,7 @@ def start_check(
     features: FeatureCache,
     *,
     max_tokens: int | None = None,
+    attention: str = "auto",
 ) -> float:
     """Compare a few trees under the model with adapters off with the store.
 
@@ -165,6 +174,7 @@ def start_check(
 
     Args:
         max_tokens: budget of a packed row; trees that exceed it together are not packed. None: no limit.
+        attention: as ``train.attention``.
 
     Returns:
         The largest absolute difference of a log-prob, in nats.
@@ -181,8 +191,8 @@ def start_check(
     parts = [only(t, b) for t in trees for b in ([0], list(range(1, len(t.branches)))) if b]
 
     def rows(groups: Sequence[Sequence[ResponseTree]]) -> Tensor:
-        found = [statistics(bundle, group, reader, features, kl=False).logp for group in groups]
-        return torch.cat(found).double().cpu()
+        found = [statistics(bundle, group, reader, features, kl=False, attention=attention) for group in groups]
+        return torch.cat([f.logp for f in found]).double().cpu()
 
     with reference_mode(bundle.model):
         alone = rows([[tree] for tree in trees])

@@ -30,6 +30,7 @@ from torch import Tensor
 from tempo_fast.errors import InputError
 from tempo_fast.files import canonical_json, digest, file_digest, read_json, write_atomic, write_json
 from tempo_fast.models.load import Bundle
+from tempo_fast.trees.attention import choose
 from tempo_fast.trees.layout import ResponseTree
 from tempo_kernels.head import HeadStatistics
 
@@ -47,16 +48,15 @@ def reference_fields(bundle: Bundle) -> dict[str, Any]:
     return {"reference": bundle.weights_digest, "config": bundle.config_digest, "family": bundle.family.name}
 
 
-def compatible_fields(bundle: Bundle) -> dict[str, Any]:
-    """What only changes rounding: kept in the manifest, a difference is logged."""
+def compatible_fields(bundle: Bundle, attention: str = "auto") -> dict[str, Any]:
+    """What only changes rounding: kept in the manifest, a difference is logged; ``attention`` as train.attention."""
     import transformers
 
-    # a bundle may have been loaded without weights
-    config = getattr(bundle.family.generate_model(bundle.model), "config", None)
+    text = bundle.config.get_text_config()
     return {
         "dtype": str(bundle.dtype).removeprefix("torch."),
         "device": bundle.device.type,
-        "attention": getattr(config, "_attn_implementation", None),
+        "attention": choose(attention, text, bundle.device, bundle.dtype),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -123,7 +123,8 @@ class Curriculum:
         objective = self.config.train.objective
         kl = self.config.reference.kl == "always" or make_objective(objective.name, **objective.options).needs_kl
         fields = reference_fields(bundle)
-        store = ReferenceStore(root / digest(fields)[:16], fields, compatible=compatible_fields(bundle))
+        compatible = compatible_fields(bundle, self.config.train.attention)
+        store = ReferenceStore(root / digest(fields)[:16], fields, compatible=compatible)
         store.kl = kl
         return store
 
@@ -142,6 +143,7 @@ class Curriculum:
             self.ctx.features,
             kl=store.kl,
             max_tokens=self.config.train.max_tokens,
+            attention=self.config.train.attention,
             check=self.ctx.stopper.check,
         )
         return counts
@@ -261,8 +263,15 @@ class Curriculum:
 
     def _check_start(self, bundle: Bundle, store: ReferenceStore, items: list[Item], name: str) -> None:
         some = [i.tree for i in items[:2]]
+        train = self.config.train
         difference = start_check(
-            bundle, store, some, self.ctx.reader, self.ctx.features, max_tokens=self.config.train.max_tokens
+            bundle,
+            store,
+            some,
+            self.ctx.reader,
+            self.ctx.features,
+            max_tokens=train.max_tokens,
+            attention=train.attention,
         )
         log.info("%s: adapters off differ from the stored reference by at most %.2e nats", name, difference)
 

@@ -147,7 +147,7 @@ def run_stage(
     steps = steps[: stage.max_steps or None]
     all_pairs = sum(i.n_pairs for i in items)
 
-    module = TrainModule(bundle.model, bundle.family, objective)
+    module = TrainModule(bundle.model, bundle.family, objective, t.attention)
     _set_mode(bundle, t, stage.vision_lora)
     engine = make_train_engine(module, trainable_parameters(module), t, ranks)
     done = tokens_seen = 0

@@ -42,13 +42,14 @@ class Sums:
 
 
 class TrainModule(nn.Module):
-    """Packed batch in, loss sum out."""
+    """Packed batch in, loss sum out; ``attention`` as ``train.attention``."""
 
-    def __init__(self, model: nn.Module, family: Family, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, family: Family, objective: Objective, attention: str = "auto") -> None:
         super().__init__()
         self.model = model
         self.family = family
         self.objective = objective
+        self.attention = attention
 
     def forward(
         self,
@@ -79,7 +80,7 @@ class TrainModule(nn.Module):
         unused = features.sum() * 0 if blank and features is not None else None
         if blank:
             features = None
-        hidden = tree_hidden(self.family, self.model, packed, features)
+        hidden = tree_hidden(self.family, self.model, packed, features, self.attention)
 
         def values(hidden: Tensor, weight: Tensor) -> HeadOutput:
             # cached statistics give no KL once the head trains, and only some objectives need one

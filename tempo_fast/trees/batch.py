@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,24 @@ from tempo_fast.trees.layout import ResponseTree
 
 PROMPT = -1
 PADDING = -1
+
+
+class Extent(NamedTuple):
+    """Where a tree stands in its row: from token ``start`` its prompt, then its branches, of so many tokens each."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def answers(self) -> int:
+        """The first token of the first branch."""
+        return self.start + self.prompt
+
+    @property
+    def end(self) -> int:
+        """One behind the last token."""
+        return self.answers + sum(self.branches)
 
 
 @dataclass
@@ -46,6 +64,9 @@ class PackedBatch:
     """[N] int64: 0 outside, k inside the k-th span of the branch."""
     tree_branches: list[list[int]]
     """Branch numbers of each tree."""
+    extents: list[Extent]
+    """The layout as numbers, for attention. A packed row is its trees without a gap, in order. Several rows are of one
+    tree with one branch each (every answer with its own copy of the prompt), padding behind."""
     plans: list[Any]
     """Videos in reading order of their slots; a video stands once per row that shows it."""
     n_tokens: int
@@ -89,6 +110,7 @@ class _Row:
         self.branch: list[Tensor] = []
         self.tree: list[Tensor] = []
         self.length = 0
+        self.trees: list[tuple[int, int, list[int]]] = []  # start, prompt tokens, tokens of each branch
 
     def add(self, ids: Tensor, positions: Tensor, visual: Tensor, branch: int, tree: int) -> int:
         """Append and return the row index of the first token."""
@@ -99,6 +121,10 @@ class _Row:
         self.branch.append(torch.full((n,), branch))
         self.tree.append(torch.full((n,), tree))
         self.length += n
+        if branch == PROMPT:
+            self.trees.append((start, n, []))
+        else:
+            self.trees[-1][2].append(n)
         return start
 
 
@@ -143,6 +169,7 @@ def _finish(
         branch=torch.repeat_interleave(torch.arange(len(branches)), lengths),
         spans=torch.tensor([s for b in branches for s in b.spans], dtype=torch.int64),
         tree_branches=tree_branches,
+        extents=[Extent(start, n, tuple(ks)) for r in rows for start, n, ks in r.trees],
         plans=plans,
         n_tokens=sum(r.length for r in rows),
     )

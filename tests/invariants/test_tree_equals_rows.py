@@ -19,23 +19,29 @@ from tempo_fast.trees.vision import FeatureCache
 from tempo_kernels.objectives import make_objective
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("objective", ["dpo", "rrpo"])
-def test_tree_equals_rows(tiny_lora: Any, reader: Any, make_plan: Any, objective: str, attention: str) -> None:
-    tiny_lora.model.get_base_model().set_attn_implementation(attention)
+@pytest.mark.parametrize(
+    ("attention", "own"), [("dense", "sdpa"), ("dense", "eager"), ("split", "sdpa"), ("split", "eager")]
+)
+def test_tree_equals_rows(
+    tiny_lora: Any, reader: Any, make_plan: Any, attention: str, own: str, objective: str
+) -> None:
+    """Each way of attending packed trees against rows under a dense mask."""
+    tiny_lora.model.get_base_model().set_attn_implementation(own)
     trees = make_trees(tiny_lora, make_plan)
     options = {"beta": 0.3, "alpha": 0.5} if objective == "rrpo" else {"beta": 0.3, "sft_weight": 1.0}
     made = make_objective(objective, **options)
-    packed = loss_and_gradients(tiny_lora, reader, collate(trees), made)
-    rows = loss_and_gradients(tiny_lora, reader, collate_rows(trees), made)
+    packed = loss_and_gradients(tiny_lora, reader, collate(trees), made, attention=attention)
+    rows = loss_and_gradients(tiny_lora, reader, collate_rows(trees), made, attention="dense")
     assert_equal(packed, rows)
 
 
+@pytest.mark.parametrize("attention", ["dense", "split"])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_each_branch_count_equals_rows(tiny_lora: Any, reader: Any, make_plan: Any, k: int) -> None:
+def test_each_branch_count_equals_rows(tiny_lora: Any, reader: Any, make_plan: Any, k: int, attention: str) -> None:
     trees = [make_tree(tiny_lora, make_plan, f"t{i}", k, [(2 * i + 1, 28, 28)]) for i in range(2)]
     made = make_objective("sft") if k == 1 else make_objective("dpo", beta=0.3, sft_weight=0.5)
-    packed = loss_and_gradients(tiny_lora, reader, collate(trees), made)
+    packed = loss_and_gradients(tiny_lora, reader, collate(trees), made, attention=attention)
     rows = loss_and_gradients(tiny_lora, reader, collate_rows(trees), made)
     assert_equal(packed, rows)
 

@@ -14,6 +14,7 @@ from tempo_fast.models.load import load_bundle
 from tempo_fast.reference.fill import fill, start_check
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.trees import forward
+from tempo_fast.trees.attention_causal import causal_attention
 from tempo_fast.trees.batch import PackedBatch
 from tempo_fast.trees.layout import ResponseTree, build_tree
 from tempo_fast.trees.vision import FeatureCache
@@ -154,12 +155,7 @@ def test_an_attention_that_mixes_trees_is_refused(
     bundle = load_bundle(tiny_path, dtype, "cpu")
     trees = trees_of(bundle, make_plan)
 
-    def causal(packed: PackedBatch, dtype: torch.dtype) -> torch.Tensor:
-        t = packed.input_ids.shape[1]
-        mask = torch.zeros(1, 1, t, t, dtype=dtype)
-        return mask.masked_fill_(~torch.ones(t, t, dtype=torch.bool).tril(), torch.finfo(dtype).min)
-
-    monkeypatch.setattr(PackedBatch, "mask", causal)
+    monkeypatch.setattr("tempo_fast.trees.attention._attention", lambda path, packed: causal_attention)
     store = filled(bundle, sorted(trees, key=lambda t: -t.n_tokens), reader, tmp_path)
     with pytest.raises(InputError, match="does not keep the trees apart"):
         start_check(bundle, store, sorted(trees, key=lambda t: -t.n_tokens), reader, FeatureCache())
@@ -174,9 +170,9 @@ def test_trees_over_the_budget_are_not_packed(
     seen: list[int] = []
     plain = forward.tree_hidden
 
-    def recording(family: Any, model: Any, batch: PackedBatch, features: Any) -> torch.Tensor:
+    def recording(family: Any, model: Any, batch: PackedBatch, *rest: Any) -> torch.Tensor:
         seen.append(batch.n_tokens)
-        return plain(family, model, batch, features)
+        return plain(family, model, batch, *rest)
 
     monkeypatch.setattr("tempo_fast.reference.fill.tree_hidden", recording)
     total = sum(t.n_tokens for t in trees)

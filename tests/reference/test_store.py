@@ -242,4 +242,6 @@ def test_the_fields_of_a_bundle_name_the_architecture(tiny_path: str, tmp_path: 
     assert compatible_fields(half) == {**compatible_fields(bundles[0]), "dtype": "bfloat16"}
     ReferenceStore(root, reference_fields(half), compatible=compatible_fields(half))
     empty = load_bundle(tiny_path, "float32", "cpu", weights=False)
-    assert reference_fields(empty) == reference_fields(half) and compatible_fields(empty)["attention"] is None
+    assert reference_fields(empty) == reference_fields(half)
+    assert compatible_fields(empty) == compatible_fields(bundles[0])
+    assert compatible_fields(empty, "dense") == {**compatible_fields(empty), "attention": "dense"}

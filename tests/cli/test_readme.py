@@ -57,3 +57,10 @@ def test_every_objective_of_the_list_exists():
     assert len(names) == 16
     for name in names:
         make_objective(name)
+
+
+def test_the_trl_trainer():
+    pytest.importorskip("trl")
+    scope: dict = {}
+    exec(compile(next(b for b in blocks("python") if "integrations.trl" in b), "README", "exec"), scope)
+    assert scope["Trainer"].objective.name == "tdpo2"

@@ -181,10 +181,8 @@ def jpegs(reader: Any, plan: Any) -> list[bytes]:
     """The frames of a plan at its planned size, as JPEG files."""
     from PIL import Image
 
-    from tempo_fast.video.preprocess import resize
-
     out = []
-    for frame in resize(reader.frames(plan).cpu(), plan.height, plan.width):
+    for frame in reader.resized(plan).cpu():
         buffer = io.BytesIO()
         Image.fromarray(frame.numpy()).save(buffer, "JPEG", quality=90)
         out.append(buffer.getvalue())

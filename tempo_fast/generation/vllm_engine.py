@@ -22,10 +22,15 @@ class VLLMEngine:
     are vLLM's own, which follow the pretraining rule.
 
     Raises:
-        InputError: vLLM is not installed, or the bundle's model carries adapters.
+        InputError: vLLM is not installed, the bundle's model carries adapters, or its family sees whole frames.
     """
 
     def __init__(self, config: GenerationConfig, bundle: Bundle, reader: Any, seed: int) -> None:
+        if bundle.geometry.side:
+            raise InputError(
+                f"generation.engine: vllm writes the prompts of {bundle.family.name} itself, which is not checked to be"
+                " as here; use transformers"
+            )
         try:
             from vllm import LLM
         except ImportError as e:
@@ -76,8 +81,6 @@ class VLLMEngine:
         return [o.outputs[0].text.strip() for o in outputs]
 
     def _input(self, request: Request) -> dict[str, Any]:
-        from tempo_fast.video.preprocess import resize
-
         content: list[dict[str, str]] = [{"type": "video"} for _ in request.plans]
         content.append({"type": "text", "text": request.prompt})
         text = self.bundle.tokenizer.apply_chat_template(
@@ -85,5 +88,5 @@ class VLLMEngine:
         )
         if not request.plans:
             return {"prompt": text}
-        videos = [resize(self.reader.frames(plan).cpu(), plan.height, plan.width).numpy() for plan in request.plans]
+        videos = [self.reader.resized(plan).cpu().numpy() for plan in request.plans]
         return {"prompt": text, "multi_modal_data": {"video": videos}}

@@ -125,16 +125,18 @@ class VideoReader:
 
     def pixels(self, plan: FramePlan) -> Tensor:
         """float32 [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
+        return to_patches(self.resized(plan), self.geometry)
+
+    def resized(self, plan: FramePlan) -> Tensor:
+        """uint8 [F, plan.height, plan.width, 3] on the reader's device: what the model sees. Raises DecodeError."""
         frames = self.frames(plan).to(self.device)
         if plan.height * plan.width < frames.shape[1] * frames.shape[2] and len(set(plan.indices)) < len(plan.indices):
             # Repeats are resized once.
             distinct = sorted(set(plan.indices))
             first = [plan.indices.index(i) for i in distinct]
             small = fit(frames[first], plan.height, plan.width, crop=self.geometry.crop)
-            frames = small[[distinct.index(i) for i in plan.indices]]
-        else:
-            frames = fit(frames, plan.height, plan.width, crop=self.geometry.crop)
-        return to_patches(frames, self.geometry)
+            return small[[distinct.index(i) for i in plan.indices]]
+        return fit(frames, plan.height, plan.width, crop=self.geometry.crop)
 
     @staticmethod
     def _check_range(info: VideoInfo, start: int, end: int) -> None:

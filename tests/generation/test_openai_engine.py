@@ -90,10 +90,10 @@ class Plan:
 
 
 class Frames:
-    def frames(self, plan):
-        """Native size twice the planned one, every frame of one colour of its own."""
+    def resized(self, plan):
+        """Every frame of one colour of its own."""
         colours = torch.arange(plan.n, dtype=torch.uint8)[:, None] * 60 + torch.tensor([10, 20, 30], dtype=torch.uint8)
-        return colours[:, None, None, :].expand(-1, 2 * plan.height, 2 * plan.width, -1).contiguous()
+        return colours[:, None, None, :].expand(-1, plan.height, plan.width, -1).contiguous()
 
 
 def engine_of(server, path="/v1", attempts=4, **config):

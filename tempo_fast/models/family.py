@@ -115,6 +115,8 @@ class Family(Protocol):
     """Regular expression for peft: the linear layers of the language model, never vision, projector or head."""
     vision_lora_targets: str
     """The linear layers of the vision tower (SFT with ``vision_lora``)."""
+    timed: bool
+    """Whether the prompt or its positions say when frames are shown: ``build_prompt`` then needs ``times``."""
 
     def load(self, path: str, dtype: torch.dtype) -> nn.Module:
         """The ``ForConditionalGeneration`` class from a local directory."""
@@ -132,8 +134,11 @@ class Family(Protocol):
         grids: Sequence[Grid],
         times: Sequence[Timing] | None = None,
     ) -> Prompt:
-        """Chat prompt with the videos before the text, generation prompt included. ``times``, one per video, may be
-        left out where the family tells the model no time (else ValueError)."""
+        """Chat prompt with the videos before the text, generation prompt included.
+
+        Raises InputError where the chat template does not show the videos, ValueError where ``times`` (one per video)
+        do not fit or a ``timed`` family is given none.
+        """
         ...
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:

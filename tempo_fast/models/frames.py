@@ -28,6 +28,7 @@ class FrameFamily:
     """In transformers."""
     lora_targets = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     vision_lora_targets: str
+    timed = False
     vision_modules: Sequence[str]
     """Attributes of the model that make visual features: modules, the encoder first, and lone parameters."""
     placeholder: str

@@ -19,18 +19,17 @@ class Qwen25VL(Qwen2VL):
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
     vision_lora_targets = r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)"
+    timed = True
 
     def _slots(
-        self, tokenizer: Any, config: Any, rendered: str, grids: Sequence[Grid], times: Sequence[Timing] | None
+        self, tokenizer: Any, config: Any, rendered: str, grids: Sequence[Grid], times: Sequence[Timing]
     ) -> tuple[str, list[Tensor]]:
         """A temporal patch lies ``tokens_per_second`` * its seconds after the one before; transformers rounds down in
-        float32, and the seconds are those of the sampling rate, not of single frames (arXiv 2502.13923, 2.1.3)."""
-        if grids and times is None:
-            raise ValueError("qwen2_5_vl: positions need the times of the frames")
+        float32, and the seconds are those of the sampling rate, not of single frames (arXiv 2502.13923)."""
         geometry, rate = self.geometry(config), config.vision_config.tokens_per_second
         runs = [
             vision_positions(grid, geometry.merge, rate * torch.tensor(geometry.temporal / time.fps))
-            for grid, time in zip(grids, times or (), strict=True)
+            for grid, time in zip(grids, times, strict=True)
         ]
         return rendered, runs
 

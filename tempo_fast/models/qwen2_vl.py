@@ -20,6 +20,7 @@ class Qwen2VL:
     """In transformers."""
     lora_targets = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     vision_lora_targets = r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+    timed = False
 
     def load(self, path: str, dtype: torch.dtype) -> nn.Module:
         import transformers
@@ -57,9 +58,9 @@ class Qwen2VL:
         found = rendered.count(tokenizer.convert_ids_to_tokens(pad))
         if found != len(grids):
             raise InputError(f"model.path: the chat template wrote {found} video slots for {len(grids)} videos")
-        if times is not None and len(times) != len(grids):
-            raise ValueError(f"{len(times)} times for {len(grids)} videos")
-        rendered, runs = self._slots(tokenizer, config, rendered, grids, times)
+        if (self.timed or times is not None) and len(times or ()) != len(grids):
+            raise ValueError(f"{self.name}: {len(times or ())} times of frames for {len(grids)} videos")
+        rendered, runs = self._slots(tokenizer, config, rendered, grids, times or ())
         out: list[int] = []
         positions: list[Tensor] = []
         start, pending, run_iter = 0, 0, iter(runs)
@@ -86,7 +87,7 @@ class Qwen2VL:
         return Prompt(input_ids, torch.cat(positions, dim=1), input_ids == pad, list(grids))
 
     def _slots(
-        self, tokenizer: Any, config: Any, rendered: str, grids: Sequence[Grid], times: Sequence[Timing] | None
+        self, tokenizer: Any, config: Any, rendered: str, grids: Sequence[Grid], times: Sequence[Timing]
     ) -> tuple[str, list[Tensor]]:
         """The chat as the model reads it, and for each visual slot in it the positions [3, n] of its tokens from 0."""
         merge = self.geometry(config).merge

@@ -19,6 +19,7 @@ class Qwen3VL(Qwen2VL):
     name = "qwen3_vl"
     model_class = "Qwen3VLForConditionalGeneration"
     vision_lora_targets = r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
+    timed = True
 
     def geometry(self, config: Any) -> VideoGeometry:
         vision, half = config.vision_config, (0.5, 0.5, 0.5)
@@ -31,21 +32,19 @@ class Qwen3VL(Qwen2VL):
         )
 
     def _slots(
-        self, tokenizer: Any, config: Any, rendered: str, grids: Sequence[Grid], times: Sequence[Timing] | None
+        self, tokenizer: Any, config: Any, rendered: str, grids: Sequence[Grid], times: Sequence[Timing]
     ) -> tuple[str, list[Tensor]]:
         """Each temporal patch is an image of its own behind "<0.5 seconds>".
 
         The template's wrapper around the video goes, as in the processor the model was released with (transformers
         4.57); that of transformers 5.10 and later leaves it around all patches.
         """
-        if grids and times is None:
-            raise ValueError("qwen3_vl: the prompt needs the times of the frames")
         geometry = self.geometry(config)
         pad = tokenizer.convert_ids_to_tokens(config.video_token_id)
         slot = f"{_START}{pad}{_END}"
         pieces = rendered.split(slot if rendered.count(slot) == len(grids) else pad)
         out, runs = [pieces[0]], []
-        for grid, time, piece in zip(grids, times or (), pieces[1:], strict=True):
+        for grid, time, piece in zip(grids, times, pieces[1:], strict=True):
             seconds = patch_seconds(time.seconds, geometry.temporal)
             if len(seconds) != grid.t:
                 raise ValueError(f"qwen3_vl: times of {len(time.seconds)} frames for {grid.t} temporal patches")

@@ -137,9 +137,9 @@ def test_time_moves_positions_or_words(successor: Any) -> None:
 def test_a_family_that_tells_time_asks_for_it(successor: Any) -> None:
     family = successor.family
     assert len(family.build_prompt(successor.tokenizer, successor.config, "Hello.", []).input_ids) > 5
-    with pytest.raises(ValueError, match="times of the frames"):
+    with pytest.raises(ValueError, match="0 times of frames for 1 videos"):
         family.build_prompt(successor.tokenizer, successor.config, "So?", [Grid(1, 4, 4)])
-    with pytest.raises(ValueError, match="1 times for 2 videos"):
+    with pytest.raises(ValueError, match="1 times of frames for 2 videos"):
         family.build_prompt(successor.tokenizer, successor.config, "So?", [Grid(1, 4, 4)] * 2, TIMES[:1])
     if family.name == "qwen3_vl":
         with pytest.raises(ValueError, match="times of 5 frames for 1 temporal patches"):

@@ -9,6 +9,7 @@ from pathlib import Path
 KERNELS = Path(__file__).parents[1] / "kernels"
 NAMES = {
     "head": "per-token log-prob and KL of the loss head, forward and backward",
+    "step": "preference training steps: trees beside rows, with and without a live reference",
     "compile": "every configuration of the Triton kernels compiled without a GPU, and what it would use",
     "tune": "which tiles of the Triton kernels are fastest on this GPU",
     "gpu": "what to run in the minutes that a GPU is at hand: CUDA tests, then head at large shapes",

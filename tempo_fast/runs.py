@@ -198,12 +198,16 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 def _lmms_eval(run: Run, merged: str) -> str:
-    """The command that runs public benchmarks on the trained model, with this run's limits; it is not run here."""
+    """The command that runs public benchmarks on the trained model, with this run's limits, or a comment that says why
+    there is none; it is not run here."""
     if not merged:
         return ""
     from tempo_fast.evaluation import lmms_eval_command
 
-    return lmms_eval_command(merged, run.config.video, model_type=run.light.config.model_type)
+    try:
+        return lmms_eval_command(merged, run.config.video, model_type=run.light.config.model_type)
+    except InputError as e:
+        return f"# {e}"
 
 
 def _without_identity(row: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tempo_fast.config import VideoConfig
+from tempo_fast.errors import InputError
 from tempo_fast.files import write_jsonl
 from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, VideoGeometry
 
@@ -18,8 +19,6 @@ def scan_video(path: str | Path, reader: Any, *, decode: bool = True) -> dict[st
 
     ``decode`` also decodes the first, middle and last frame, which finds files whose end is missing.
     """
-    from tempo_fast.errors import InputError
-
     row: dict[str, Any] = {"video": str(path), "ok": False, "reason": ""}
     try:
         info = reader.info(path)
@@ -44,31 +43,38 @@ def scan_video(path: str | Path, reader: Any, *, decode: bool = True) -> dict[st
 def scan_command(
     videos: str, *, recipe: str = "", overrides: Sequence[str] = (), out: Path | None = None, decode: bool = True
 ) -> None:
-    """Print a table and a summary; with ``out`` also write JSON lines."""
+    """Print a table and a summary; with ``out`` also write JSON lines.
+
+    Tokens are counted as the recipe's model counts them, as Qwen2-VL does where its directory is not there.
+    """
     from tempo_fast.curate import list_videos
     from tempo_fast.runtime.progress import progress
     from tempo_fast.video.reader import VideoReader
 
-    config = _video_config(recipe, overrides)
-    reader = VideoReader(config, QWEN2_VL)
+    config, geometry, family = _settings(recipe, overrides)
+    reader = VideoReader(config, geometry)
     paths = list_videos(videos)
     rows = [scan_video(path, reader, decode=decode) for path in progress(paths, "scan", "video")]
     if out is not None:
         write_jsonl(out, rows)
     print(table(rows))
-    print(summary(rows, config) + (f"\n{out}: {len(rows)} rows" if out is not None else ""))
+    print(summary(rows, config, family) + (f"\n{out}: {len(rows)} rows" if out is not None else ""))
 
 
-def _video_config(recipe: str, overrides: Sequence[str]) -> VideoConfig:
-    if recipe:
-        from tempo_fast.configio import load_config
+def _settings(recipe: str, overrides: Sequence[str]) -> tuple[VideoConfig, VideoGeometry, str]:
+    """Configuration, geometry, and the family whose geometry it is."""
+    if not recipe and not overrides:
+        return VideoConfig(), QWEN2_VL, "qwen2_vl"
+    from tempo_fast.configio import load_config
+    from tempo_fast.models.load import load_family, resolve_path
 
-        return load_config(recipe, overrides).video
-    if overrides:
-        from tempo_fast.configio import load_config
-
-        return load_config("temple", overrides).video
-    return VideoConfig()
+    config = load_config(recipe or "temple", overrides)
+    try:
+        folder = resolve_path(config.model.path)
+    except InputError:
+        return config.video, QWEN2_VL, "qwen2_vl"
+    family, hf_config = load_family(folder)
+    return config.video, family.geometry(hf_config), family.name
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -97,7 +103,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def summary(rows: Sequence[dict[str, Any]], config: VideoConfig) -> str:
+def summary(rows: Sequence[dict[str, Any]], config: VideoConfig, family: str) -> str:
     """Counts, hours, tokens, and the reasons of those that cannot be read."""
     good = [r for r in rows if r["ok"]]
     text = f"{len(good)} of {len(rows)} videos can be read"
@@ -105,7 +111,7 @@ def summary(rows: Sequence[dict[str, Any]], config: VideoConfig) -> str:
         hours = sum(r["duration_s"] for r in good) / 3600
         tokens = sorted(r["tokens"] for r in good)
         text += (
-            f": {hours:.2f} h; tokens at {config.fps:g} fps and {config.max_pixels} pixels a frame: "
+            f": {hours:.2f} h; tokens of {family} at {config.fps:g} fps and {config.max_pixels} pixels a frame: "
             f"median {tokens[len(tokens) // 2]}, most {tokens[-1]}, together {sum(tokens)}"
         )
     bad = [f"\n  {r['video']}: {r['reason']}" for r in rows if not r["ok"]]

@@ -12,7 +12,7 @@ from tempo_fast.errors import InputError
 TASKS = ("videomme", "tempcompass", "mvbench", "vinoground", "tvbench")
 
 # transformers' model_type -> (lmms-eval's --model, whether its wrapper takes fps); lmms_eval/models/{simple,chat}
-_MODELS = {"qwen2_vl": ("qwen2_vl", False), "qwen2_5_vl": ("qwen2_5_vl", True)}
+_MODELS = {"qwen2_vl": ("qwen2_vl", False), "qwen2_5_vl": ("qwen2_5_vl", True), "qwen3_vl": ("qwen3_vl", True)}
 
 
 def lmms_eval_command(

@@ -22,14 +22,15 @@ class VLLMEngine:
     are vLLM's own, which follow the pretraining rule.
 
     Raises:
-        InputError: vLLM is not installed, the bundle's model carries adapters, or its family sees whole frames.
+        InputError: vLLM is not installed, the bundle's model carries adapters, or its family sees whole frames or is
+            told when they are shown.
     """
 
     def __init__(self, config: GenerationConfig, bundle: Bundle, reader: Any, seed: int) -> None:
-        if bundle.geometry.side:
+        if bundle.geometry.side or bundle.family.timed:
             raise InputError(
-                f"generation.engine: vllm writes the prompts of {bundle.family.name} itself, which is not checked to be"
-                " as here; use transformers"
+                f"generation.engine: vllm writes the prompts of {bundle.family.name} itself, which are not checked to"
+                " be as here; use transformers"
             )
         try:
             from vllm import LLM

@@ -107,6 +107,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def load_family(folder: str | Path) -> tuple[Family, Any]:
+    """The family of a checkpoint directory and its transformers config. Raises InputError when it is not known."""
+    from transformers import AutoConfig
+
+    # before transformers reads it: for an architecture that it does not know either it has no list
+    family = get_family(str(read_json(Path(folder) / "config.json").get("model_type", "")))
+    return family, AutoConfig.from_pretrained(str(folder), local_files_only=True)
+
+
 def load_bundle(path: str, dtype: str = "float32", device: str = "auto", *, weights: bool = True) -> Bundle:
     """Load a checkpoint directory, frozen and in eval mode.
 
@@ -116,14 +125,13 @@ def load_bundle(path: str, dtype: str = "float32", device: str = "auto", *, weig
         device: ``auto``, ``cpu`` or ``cuda``.
         weights: False leaves the model out (an empty module): what tokenising and planning need, without its memory.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
     folder = str(resolve_path(path))
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    family = get_family(config.model_type)
+    family, config = load_family(folder)
     torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     where = pick_device(device)
     model = nn.Module()

@@ -154,6 +154,31 @@ def test_scan_tells_good_from_bad(tmp_path, capsys):
     assert cli.main(["scan", str(folder), "--json", str(out), "--recipe", "tinyworld", "--video.fps", "8"]) == 0
     rows = {os.path.basename(row["video"]): row for row in map(json.loads, out.read_text().splitlines())}
     assert rows["good.mp4"]["sampled_frames"] > good["sampled_frames"]
+    assert "tokens of qwen2_vl at 8 fps" in capsys.readouterr().out
+
+
+def test_scan_counts_as_the_model_of_the_recipe(successor, tmp_path, capsys):
+    av = pytest.importorskip("av")
+    import numpy as np
+
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    with av.open(str(folder / "v.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "bgr0"
+        for i in range(20):
+            frame = np.full((64, 96, 3), i * 9, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: {successor.path}}}\nvideo: {{fps: 2}}\n")
+    out = tmp_path / "scan.jsonl"
+    assert cli.main(["scan", str(folder), "--json", str(out), "--recipe", str(recipe)]) == 0
+    row = json.loads(out.read_text())
+    factor = successor.geometry.factor
+    sides = {28: (56, 84), 32: (64, 96)}[factor]
+    assert row["resized"] == list(sides[::-1]) and row["tokens"] == 2 * sides[0] * sides[1] // factor**2
+    assert f"tokens of {successor.family.name} at 2 fps" in capsys.readouterr().out
 
 
 def test_doctor_says_what_is_missing_for_what(capsys, monkeypatch):

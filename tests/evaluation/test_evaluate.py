@@ -6,6 +6,8 @@ import json
 import math
 import shlex
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from tempo_fast.evaluation import evaluate, lmms_eval_command
 from tempo_fast.evaluation.probes import pairwise, questions, twins, win
 from tempo_fast.evaluation.scoring import Score
 from tempo_fast.perturb import KINDS
+from tempo_fast.runs import _lmms_eval
 from tempo_fast.schema import Question, Truth
 from tempo_fast.trees.vision import FeatureCache
 
@@ -195,5 +198,14 @@ def test_lmms_eval_command():
     assert words[words.index("--model") + 1] == "qwen2_5_vl" and "--num_processes=8" in words
     note, command = lmms_eval_command("m", video, tasks=["tempcompass"]).splitlines()
     assert note.startswith("#") and "1.5" in note and "fps=" not in command and "--tasks tempcompass" in command
+    assert "--model qwen3_vl " in lmms_eval_command("m", video, model_type="qwen3_vl")
     with pytest.raises(InputError, match="llava"):
         lmms_eval_command("m", video, model_type="llava")
+
+
+def test_a_run_whose_model_has_no_lmms_eval_wrapper_says_so():
+    """A run that is all done must not end on it."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type="internvl"))
+    run: Any = SimpleNamespace(config=SimpleNamespace(video=VideoConfig()), light=model)
+    assert _lmms_eval(run, "merged").startswith("# ") and "internvl" in _lmms_eval(run, "merged")
+    assert _lmms_eval(run, "") == ""

@@ -234,6 +234,11 @@ def test_seeds_differ_by_request_and_repeat(server):
     assert engine.provenance()["seed"] == 3
 
 
+def test_vllm_is_refused_where_it_would_tell_the_time_itself(successor, reader):
+    with pytest.raises(InputError, match=f"vllm writes the prompts of {successor.family.name} itself"):
+        make_engine(GenerationConfig(engine="vllm"), successor, reader, None, 0)
+
+
 def test_vllm_missing_says_what_to_install(tiny, reader):
     try:
         import vllm  # noqa: F401

@@ -109,6 +109,13 @@ def test_unknown_architecture_gets_the_list() -> None:
         get_family("llama")
 
 
+@pytest.mark.parametrize("config", ['{"model_type": "no_such_thing"}', "{}"])
+def test_unknown_architecture_of_a_checkpoint_gets_the_list(tmp_path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match="is not supported; known: .*qwen3_vl"):
+        load_bundle(str(tmp_path))
+
+
 def test_not_a_checkpoint(tmp_path) -> None:
     with pytest.raises(InputError, match="no config.json"):
         load_bundle(str(tmp_path))

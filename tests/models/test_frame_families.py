@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from frame_models import CHATML, FramesPlan, FramesReader, llama_tokenizer, write_checkpoint
+from frame_models import CHATML, VICUNA, FramesPlan, FramesReader, llama_tokenizer, write_checkpoint
 
 from tempo_fast.errors import InputError
 from tempo_fast.models import Grid, get_family
@@ -115,14 +115,23 @@ def test_the_smallest_video_can_be_encoded(frames: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, name, side, tokens",
-    [("InternVLConfig", "internvl", 448, 256), ("LlavaOnevisionConfig", "llava_onevision", 384, 196),
-     ("LlavaNextVideoConfig", "llava_next_video", 336, 144)],
+    "kind, name, side, tokens, sampling",
+    [("InternVLConfig", "internvl", 448, 256, "hf_internvl"),
+     ("LlavaOnevisionConfig", "llava_onevision", 384, 196, "hf_uniform"),
+     ("LlavaNextVideoConfig", "llava_next_video", 336, 144, "hf_uniform")],
 )  # fmt: skip
-def test_published_tokens_of_a_frame(kind: str, name: str, side: int, tokens: int) -> None:
+def test_published_frames(kind: str, name: str, side: int, tokens: int, sampling: str) -> None:
     geometry = get_family(name).geometry(getattr(transformers, kind)())
-    assert (geometry.side, geometry.frame_tokens) == (side, tokens)
+    assert (geometry.side, geometry.frame_tokens, geometry.sampling) == (side, tokens, sampling)
     assert geometry.tokens(geometry.grid(5, side, side)) == 5 * tokens
+
+
+def test_a_template_that_writes_the_first_token_itself() -> None:
+    family = get_family("llava_next_video")
+    for template in (VICUNA, "{{ bos_token }}" + VICUNA):
+        tokenizer = llama_tokenizer(template=template)
+        prompt = family.build_prompt(tokenizer, transformers.LlavaNextVideoConfig(), "What?", [])
+        assert prompt.input_ids.tolist().count(tokenizer.bos_token_id) == 1 and prompt.input_ids[0] == 1
 
 
 def test_words_that_stand_for_a_video_are_refused(frames: Bundle) -> None:

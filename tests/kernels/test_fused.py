@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempo_kernels import fused
+from tempo_kernels import fused, one_pass, recompute
 from tempo_kernels.backend import backend
 from tempo_kernels.head import HeadOutput, head_statistics, linear_logp
 from tempo_kernels.oracle import oracle_gradients
@@ -32,7 +32,7 @@ DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.floa
 
 @pytest.fixture(autouse=True)
 def _several_slices_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "SLAB_BYTES", 1 << 20 if CUDA else 1 << 14)
+    monkeypatch.setattr(tiles, "SLAB_BYTES", 1 << 14)
     monkeypatch.setattr(launch, "ROWS", 256 if CUDA else 96)
 
 
@@ -63,27 +63,33 @@ def plain(hidden: Tensor, ref: Tensor, weight: Tensor, bias: Tensor | None, labe
 
 
 def check(
-    data: tuple[Tensor, ...], *, bias: bool = False, softcap: float | None = None, trains: bool = False, **options: Any
-) -> None:
+    data: tuple[Tensor, ...], *, bias: bool = False, softcap: float | None = None, trains: bool = False,
+    kl: bool = True, cached: bool = False, **options: Any,
+) -> None:  # fmt: skip
     """Values and gradients err at most twice what the plain way errs, plus a few roundings of float32."""
     hidden, ref, weight, added, labels, d_logp, d_kl = data
     added = added if bias else None
+    d_kl = d_kl if kl else torch.zeros_like(d_kl)
     truth = oracle_gradients(hidden, weight, labels, d_logp, d_kl, bias=added, softcap=softcap, reference=ref)
 
     def errors(way: Any) -> dict[str, float]:
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)
         b = None if added is None else added.clone().requires_grad_(trains)
         out = way(x, w, b)
-        assert out.kl is not None
-        ((d_logp * out.logp).sum() + (d_kl * out.kl).sum()).backward()
-        found = {"logp": out.logp, "kl": out.kl, "d_hidden": x.grad}
+        loss, found = (d_logp * out.logp).sum(), {"logp": out.logp}
+        if kl:
+            assert out.kl is not None
+            loss, found = loss + (d_kl * out.kl).sum(), found | {"kl": out.kl}
+        loss.backward()
+        found["d_hidden"] = x.grad
         if trains:
             found |= {"d_weight": w.grad} | ({} if b is None else {"d_bias": b.grad})
         return {key: (t.double() - getattr(truth, key)).abs().max().item() for key, t in found.items()}
 
     assert backend(hidden, weight, ref).name == "triton"
     usual = errors(lambda x, w, b: plain(x, ref, w, b, labels, softcap))
-    ours = errors(lambda x, w, b: linear_logp(x, w, labels, bias=b, softcap=softcap, reference=ref, **options))
+    reference = head_statistics(ref, weight, labels, bias=added) if cached else ref if kl else None
+    ours = errors(lambda x, w, b: linear_logp(x, w, labels, bias=b, softcap=softcap, reference=reference, **options))
     lse = truth.lse.abs().max().item()
     size = {"logp": lse, "kl": lse, "d_bias": d_logp.abs().max().item()}
     size["d_hidden"] = 2 * d_logp.abs().max().item() * weight.double().abs().max().item()
@@ -106,6 +112,30 @@ def test_recompute(n: int, v: int, d: int, dtype: torch.dtype) -> None:
     check(data, impl="recompute", exact_kl=True)
     check(data, impl="recompute", trains=True)
     check(data, impl="recompute", trains=True, bias=True, softcap=3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recompute_without_a_live_reference(dtype: torch.dtype) -> None:
+    data = make(67, 330, 40, dtype, seed=3)
+    check(data, impl="recompute", trains=True, kl=False)
+    check(data, impl="recompute", trains=True, kl=False, bias=True, softcap=3.0)
+    check(data, impl="recompute", cached=True)
+    check(data, impl="recompute", cached=True, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_slices_tiles_and_blocks(dtype: torch.dtype) -> None:
+    """Of the tiles of any GPU, too: those have up to 128 rows and 256 columns."""
+    data = make(*((300, 1300, 72) if CUDA else (99, 330, 36)), dtype, seed=4)
+    check(data, impl="one_pass")
+    check(data, impl="recompute", trains=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_that_accumulates(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For matmuls of 16-bit inputs into float32 that the library does not know."""
+    monkeypatch.setattr(launch, "_library_accumulates", lambda _: False)
+    check(make(65, 330, 40, dtype, seed=6), impl="one_pass")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,6 +214,37 @@ def test_labels_of_another_rank_score_nothing() -> None:
     assert (stats.target[~inside] == 0).all() and (stats.target[inside] != 0).all()
 
 
+def test_any_strides() -> None:
+    """Labels and biases that are columns of something, a transposed hidden state, one row of a wider matrix."""
+    hidden, ref, weight, bias, labels, d_logp, d_kl = make(67, 259, 40, DTYPES[0])
+
+    def column(t: Tensor) -> Tensor:
+        return torch.stack([torch.zeros_like(t), t], 1)[:, 1]
+
+    def wider(t: Tensor) -> Tensor:
+        return torch.cat([t, t[:, :1]], 1)[:, :-1]
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        x, r, y, b, a, c = inputs
+        n = x.shape[0]
+        x = x.detach().requires_grad_()
+        one = linear_logp(x, weight, y, reference=r, impl="one_pass")
+        bare = head_statistics(r, weight, y, kl=False)
+        two = linear_logp(x, weight, y, bias=b, reference=r, impl="recompute")
+        assert one.kl is not None and two.kl is not None
+        (grad,) = torch.autograd.grad(a[:n] @ (one.logp + two.logp) + c[:n] @ (one.kl + two.kl), [x])
+        return [one.logp, one.kl, bare.logp, two.logp, two.kl, grad]
+
+    vectors = bias, d_logp, d_kl
+    for rows in (67, 1):
+        x, r, y = hidden[:rows], ref[:rows], labels[:rows]
+        plain = run(x, r, y, *vectors)
+        strange = (x.T.contiguous().T if rows > 1 else wider(x), wider(r), column(y), *map(column, vectors))
+        assert not strange[2].is_contiguous() or rows == 1
+        for a, b in zip(plain, run(*strange), strict=True):
+            assert (a - b).abs().max() <= 4 * torch.finfo(a.dtype).eps * a.abs().max()
+
+
 def test_same_bits_every_time() -> None:
     data = make(67, 259, 40, DTYPES[-1])
     hidden, ref, weight, _, labels, d_logp, d_kl = data
@@ -211,6 +272,20 @@ def test_small_gradients_survive_a_float16_slab() -> None:
         return found[0] / scale
 
     assert (gradient(2.0**-24) - gradient(1.0)).abs().max() <= 1e-5 * gradient(1.0).abs().max()
+
+
+def test_the_operators_hold_what_they_declare() -> None:
+    """Fake shapes, strides and dtypes are those of the kernels, whatever the layout of the inputs."""
+    hidden, ref, weight, bias, labels, _, _ = make(33, 131, 40, DTYPES[0])
+    tests, none = ("test_schema", "test_faketensor"), (None, None, None)
+    for x in (hidden, hidden.T.contiguous().T):
+        torch.library.opcheck(one_pass._statistics, (x, weight, labels, True, "", 0), test_utils=tests)
+        torch.library.opcheck(one_pass._one_pass, (x, weight, labels, ref, *none, True, True, "", 0), test_utils=tests)
+        arguments = (x, weight, bias, labels, 4.0, ref, *none, True, "", 0)
+        torch.library.opcheck(recompute._recompute, arguments, test_utils=tests)
+        lse = torch.zeros(33, device=DEVICE)
+        arguments = (x, weight, bias, labels, 4.0, ref, None, lse, lse, lse, lse, [True] * 3, "", 0)
+        torch.library.opcheck(recompute._recompute_backward, arguments, test_utils=tests)
 
 
 @pytest.mark.skipif(CUDA, reason="the bench itself runs on a GPU")

@@ -68,7 +68,8 @@ def _slices(vocabulary: int, width: int) -> list[tuple[int, int]]:
 
 def _aligned(x: Tensor) -> Tensor:
     """x, or a copy whose rows are contiguous and start where TMA can read them."""
-    x = x.contiguous()
+    # a single row counts as contiguous whatever its stride, which a descriptor reads all the same
+    x = x.contiguous().view(-1).view(x.shape)
     return x.clone() if x.data_ptr() % 16 else x
 
 
@@ -125,14 +126,14 @@ def _sweep(parts: Sequence[Tensor], weight: Tensor, labels: Tensor, want: Sequen
     ]
     if n == 0:
         return results
-    plan = _Plan(weight)
+    plan, labels = _Plan(weight), labels.contiguous()
     half = weight.dtype == torch.float16
     height = max(1, ROWS // len(parts))
     blocks = [slice(start, min(start + height, n)) for start in range(0, n, height)]
     totals = []
     for block in blocks:
-        xs = [part[block] for part in parts]
-        # one matmul per part: equal parts must meet equal shapes
+        # one matmul per part: equal parts must meet equal shapes, and equal layouts
+        xs = [_aligned(part[block]) for part in parts]
         find = _safe_offset if half and any(want) else _offset
         offsets = [find(plan, x, labels[block]) for x in xs]
         totals.append(_sweep_block(plan, xs, labels[block], offsets, [_rows(r, block) for r in results]))
@@ -140,7 +141,7 @@ def _sweep(parts: Sequence[Tensor], weight: Tensor, labels: Tensor, want: Sequen
     if bool(overflowed.any()):
         for block, again in zip(blocks, overflowed.tolist(), strict=True):
             if again:
-                xs = [part[block] for part in parts]
+                xs = [_aligned(part[block]) for part in parts]
                 offsets = [_safe_offset(plan, x, labels[block]) for x in xs]
                 _sweep_block(plan, xs, labels[block], offsets, [_rows(r, block) for r in results])
     return results
@@ -174,7 +175,7 @@ def _sweep_block(
     vocabulary, d = weight.shape
     height = xs[0].shape[0]
     if len(xs) == 1:
-        x, offset, pitch = _aligned(xs[0]), offsets[0], height
+        x, offset, pitch = xs[0], offsets[0], height
     else:
         # every part starts at a tile: equal rows then meet equal arithmetic whatever the matmul's inner order
         pitch = triton.cdiv(height, tile.rows) * tile.rows
@@ -264,6 +265,7 @@ def _statistics(
     tile = plan.tile(kind, softcap is not None)
     vocabulary = weight.shape[0]
     tiles_v = triton.cdiv(vocabulary, tile.cols)
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     x = _aligned(x)
     r = x if reference is None else _aligned(reference)
 
@@ -306,6 +308,9 @@ def pair_backward(
     d_bias = None if bias is None or not want_bias else torch.zeros_like(bias)
     if n == 0:
         return d_hidden, d_weight, d_bias
+    # the kernels read vectors without strides
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
+    lse, ref_lse = lse.contiguous(), None if ref_lse is None else ref_lse.contiguous()
     d_logp = d_logp.float().contiguous()
     d_kl = None if d_kl is None else d_kl.float().contiguous()
     scale = None

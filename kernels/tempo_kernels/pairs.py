@@ -165,7 +165,7 @@ def pair_backward(
     dtype = sum_dtype(hidden, weight)
     x = hidden.to(dtype)
     ref = None if reference is None or d_kl is None else reference.to(dtype)
-    d_hidden = torch.zeros_like(x) if want_hidden else None
+    d_hidden = x.new_zeros(x.shape) if want_hidden else None
     d_weight = torch.empty_like(weight) if want_weight else None
     d_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
     if x.shape[0] == 0:

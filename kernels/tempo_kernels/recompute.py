@@ -129,7 +129,8 @@ def _(
     group: str,
     start: int,
 ) -> tuple[Tensor, ...]:
-    pairs = zip((hidden.to(lse.dtype), weight, bias), wanted, strict=True)
+    sums = hidden.new_empty(hidden.shape, dtype=lse.dtype)  # contiguous, whatever hidden is
+    pairs = zip((sums, weight, bias), wanted, strict=True)
     return tuple(torch.empty_like(t) if w and t is not None else lse.new_empty(0) for t, w in pairs)
 
 

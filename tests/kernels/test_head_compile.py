@@ -116,6 +116,10 @@ def test_the_operators_hold_what_they_declare() -> None:
     torch.library.opcheck(one_pass._one_pass, arguments, test_utils=tests)
     arguments = (hidden, weight, bias, labels, 4.0, ref, *none, True, "", 0)
     torch.library.opcheck(recompute._recompute, arguments, test_utils=tests)
+    lse = torch.zeros(N)
+    for x in (ref, ref.T.contiguous().T):
+        arguments = (x, frozen, bias.detach(), labels, 4.0, ref, None, lse, lse, lse, lse, [True] * 3, "", 0)
+        torch.library.opcheck(recompute._recompute_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_statistics_compile() -> None:

@@ -76,7 +76,7 @@ def compile_case(case: Case, dtype: torch.dtype = torch.bfloat16) -> dict[str, A
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in specs.ALIGNED
+        if specs.is_aligned(name, kind)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", case.sm, 32), options=specs.options(case.tile))

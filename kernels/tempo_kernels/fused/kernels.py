@@ -27,8 +27,10 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG = tl.constexpr(-1.0e38)
 """A stand-in for -inf that keeps differences finite."""
-VARYING = ("n_rows", "first", "n_cols", "stored_rows")
+VARYING = ("n_rows", "first", "n_cols", "stored_rows", "sums_stride")
 """Integers that change from call to call: no new kernel for each of their divisors."""
+ANYWHERE = ("labels_ptr", "sums_ptr", "rounded_ptr")
+"""Vectors that may begin at any element: no new kernel for those that begin at 16 bytes."""
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def _store(target, tile, row0, col0, n_rows, n_cols, stride, BR: tl.constexpr, B
         tl.store(spot, tile, mask=(rows < n_rows - row0)[:, None] & (cols < n_cols)[None, :])
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ANYWHERE)
 def exp_slab_kernel(
     x, w, slab, offset_ptr, labels_ptr, target_ptr, sums_ptr, rounded_ptr,
     n_rows, first, n_cols, d, sums_stride, slab_stride, stored_rows,
@@ -109,7 +111,7 @@ def exp_slab_kernel(
             _store(slab, stored, row0, col0, stored_rows, n_cols, slab_stride, BN, BV, TMA)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ANYWHERE)
 def accumulate_kernel(
     a, w, out_ptr, n_rows, first, n_cols, d, stride,
     BN: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, ADD: tl.constexpr,
@@ -132,7 +134,7 @@ def accumulate_kernel(
         _store(out_ptr, total, row0, d0, n_rows, d, d, BN, BD, False)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ANYWHERE)
 def pair_statistics_kernel(
     x, r, w, bias_ptr, labels_ptr, target_ptr, ref_target_ptr,
     top_ptr, sums_ptr, ref_top_ptr, ref_sums_ptr, cross_ptr,
@@ -193,7 +195,7 @@ def pair_statistics_kernel(
                 tl.store(cross_ptr + spot, tl.sum(e * (q - z), 1), mask=inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ANYWHERE)
 def grad_slab_kernel(
     x, r, w, slab, bias_ptr, labels_ptr, lse_ptr, ref_lse_ptr, d_logp_ptr, d_kl_ptr,
     n_rows, first, n_cols, d, slab_stride, softcap,

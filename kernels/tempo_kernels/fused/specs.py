@@ -73,5 +73,10 @@ def signature(kind: str, tile: Tile, dtype: torch.dtype, constexprs: dict[str, A
     return types
 
 
-ALIGNED = ("d", "sums_stride", "slab_stride", "stride")
+ALIGNED = ("d", "slab_stride", "stride")
 """Integers that are multiples of 16 for every real head: a launch sees it, a compile without one must be told."""
+
+
+def is_aligned(name: str, kind: str) -> bool:
+    """Whether a launch takes an argument of this name and type for a multiple of 16."""
+    return name in ALIGNED or (kind.startswith("*") and name not in kernels.ANYWHERE)

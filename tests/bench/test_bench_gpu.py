@@ -66,6 +66,12 @@ def test_tests_that_take_too_long_are_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_no_tests_at_all_are_no_success(tmp_path: Path) -> None:
+    found = gpu.run_tests(tmp_path, 120)
+    assert not found["ok"] and "deselected" in found["last"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_without_cuda_it_is_one_sentence() -> None:
     command = [sys.executable, "-m", "bench", "gpu", "--part", "kernels"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)

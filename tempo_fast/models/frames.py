@@ -7,42 +7,29 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tempo_fast.errors import InputError
-from tempo_fast.files import read_json
+from tempo_fast.models.base import TransformersFamily
 from tempo_fast.models.family import Grid, Prompt, Timing, VideoGeometry, unwrap
 
 _towers: weakref.WeakKeyDictionary[nn.Module, nn.ModuleList] = weakref.WeakKeyDictionary()
 
 
-class FrameFamily:
+class FrameFamily(TransformersFamily):
     """A family says its names, ``geometry``, ``_slot`` (a video as text) and ``_frames`` (the vision call)."""
 
     name: str
-    model_class: str
-    """In transformers."""
-    lora_targets = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     vision_lora_targets: str
-    timed = False
     vision_modules: Sequence[str]
     """Attributes of the model that make visual features: modules, the encoder first, and lone parameters."""
     placeholder: str
     """The token that stands for a visual token."""
     turn_end: str | None = "<|im_end|>"
     """The token that ends an answer; None for the tokenizer's end of sequence."""
-
-    def load(self, path: str, dtype: torch.dtype) -> nn.Module:
-        import transformers
-
-        try:
-            return getattr(transformers, self.model_class).from_pretrained(path, dtype=dtype, local_files_only=True)
-        except (OSError, ValueError) as e:
-            raise InputError(f"model.path: {path} cannot be loaded ({str(e).splitlines()[0]})") from e
 
     def geometry(self, config: Any) -> VideoGeometry:
         raise NotImplementedError
@@ -63,15 +50,7 @@ class FrameFamily:
         grids: Sequence[Grid],
         times: Sequence[Timing] | None = None,
     ) -> Prompt:
-        content: list[dict[str, str]] = [{"type": "video"} for _ in grids]
-        content.append({"type": "text", "text": text})
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=_processor_template(tokenizer),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        pieces = rendered.split("<video>")
+        pieces = self._chat(tokenizer, text, len(grids)).split("<video>")
         if len(pieces) != len(grids) + 1:
             raise InputError(
                 f"model.path: the chat template and the prompt's words hold {len(pieces) - 1} '<video>' slots for"
@@ -114,44 +93,8 @@ class FrameFamily:
         side = self.geometry(inner.config).side
         return self._frames(inner.model, pixel_values.view(-1, 3, side, side))
 
-    def embed(self, model: nn.Module, input_ids: Tensor, visual: Tensor, features: Tensor | None) -> Tensor:
-        embeds = unwrap(model).get_input_embeddings()(input_ids)
-        if features is None:
-            return embeds
-        return embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
-
-    def hidden_states(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Any,
-        visual: Tensor,
-        features: Tensor | None,
-        cache: Any | None = None,
-    ) -> Tensor:
-        out = unwrap(model).model.language_model(
-            inputs_embeds=self.embed(model, input_ids, visual, features),
-            position_ids=self.model_positions(position_ids),
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return out.last_hidden_state
-
     def model_positions(self, position_ids: Tensor) -> Tensor:
         return position_ids[0]
-
-    def new_cache(self, model: nn.Module) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=unwrap(model).config.get_text_config())
-
-    def generate_model(self, model: nn.Module) -> Any:
-        return unwrap(model)
-
-    def head(self, model: nn.Module) -> nn.Module:
-        return unwrap(model).lm_head
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
         inner = unwrap(model)
@@ -175,12 +118,3 @@ def square(config: Any, size: Any, patch: Any) -> tuple[int, int]:
     if len(sides) > 1 or len(patches) > 1:
         raise InputError(f"model.path: {config.model_type} with frames of {size} in patches of {patch} is not square")
     return sides.pop(), patches.pop()
-
-
-def _processor_template(tokenizer: Any) -> str | None:
-    """The chat template of ``chat_template.json``, where older checkpoints keep the one that knows videos; None for the
-    tokenizer's own (which transformers reads from ``chat_template.jinja`` itself)."""
-    folder = Path(tokenizer.name_or_path or ".")
-    if not (folder / "chat_template.json").is_file() or (folder / "chat_template.jinja").is_file():
-        return None
-    return read_json(folder / "chat_template.json").get("chat_template")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tempo_fast.errors import InputError
-from tempo_fast.models.family import Grid, VideoGeometry
+from tempo_fast.models.family import Family, Grid, VideoGeometry
 from tempo_fast.models.frames import FrameFamily, square
 
 # what the towers were trained with, and what transformers' conversion writes beside the weights
@@ -55,4 +55,4 @@ class InternVL(FrameFamily):
         return model.get_image_features(frames, return_dict=True).pooler_output.flatten(0, 1)
 
 
-FAMILY = InternVL()
+FAMILY: Family = InternVL()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, Grid, VideoGeometry
+from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, Family, Grid, VideoGeometry
 from tempo_fast.models.frames import FrameFamily, square
 
 
@@ -54,4 +54,4 @@ class LlavaNextVideo(FrameFamily):
         return model.get_video_features(frames[None], return_dict=True).pooler_output[0].flatten(0, -2)
 
 
-FAMILY = LlavaNextVideo()
+FAMILY: Family = LlavaNextVideo()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempo_fast.models.family import Grid, VideoGeometry, unwrap
+from tempo_fast.models.family import Family, Grid, VideoGeometry, unwrap
 from tempo_fast.models.frames import FrameFamily, square
 
 # SigLIP's, which the checkpoints' processors are made from (the processor class' own default is CLIP's)
@@ -59,4 +59,4 @@ class LlavaOnevision(FrameFamily):
         return torch.where(newline.unsqueeze(-1), inner.model.image_newline.to(embeds), embeds)
 
 
-FAMILY = LlavaOnevision()
+FAMILY: Family = LlavaOnevision()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempo_fast.models.family import Grid, Timing
+from tempo_fast.models.family import Family, Grid, Timing
 from tempo_fast.models.qwen2_vl import Qwen2VL, vision_positions
 
 
@@ -34,4 +34,4 @@ class Qwen25VL(Qwen2VL):
         return rendered, runs
 
 
-FAMILY = Qwen25VL()
+FAMILY: Family = Qwen25VL()

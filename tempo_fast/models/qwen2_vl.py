@@ -9,27 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from tempo_fast.errors import InputError
-from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, Grid, Prompt, Timing, VideoGeometry, unwrap
+from tempo_fast.models.base import TransformersFamily
+from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, Family, Grid, Prompt, Timing, VideoGeometry, unwrap
 
 
-class Qwen2VL:
+class Qwen2VL(TransformersFamily):
     """Its successors inherit what they share with it."""
 
     name = "qwen2_vl"
     model_class = "Qwen2VLForConditionalGeneration"
-    """In transformers."""
-    lora_targets = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     vision_lora_targets = r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
-    timed = False
-
-    def load(self, path: str, dtype: torch.dtype) -> nn.Module:
-        import transformers
-
-        try:
-            kind = getattr(transformers, self.model_class)
-            return kind.from_pretrained(path, dtype=dtype, local_files_only=True)
-        except (OSError, ValueError) as e:
-            raise InputError(f"model.path: {path} cannot be loaded ({str(e).splitlines()[0]})") from e
 
     def geometry(self, config: Any) -> VideoGeometry:
         vision = config.vision_config
@@ -49,11 +38,7 @@ class Qwen2VL:
         grids: Sequence[Grid],
         times: Sequence[Timing] | None = None,
     ) -> Prompt:
-        content: list[dict[str, str]] = [{"type": "video"} for _ in grids]
-        content.append({"type": "text", "text": text})
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        rendered = self._chat(tokenizer, text, len(grids))
         pad = config.video_token_id
         found = rendered.count(tokenizer.convert_ids_to_tokens(pad))
         if found != len(grids):
@@ -104,51 +89,6 @@ class Qwen2VL:
         grid_thw = torch.tensor([tuple(g) for g in grids], device=pixel_values.device)
         return unwrap(model).model.get_video_features(pixel_values, grid_thw, return_dict=True)
 
-    def embed(self, model: nn.Module, input_ids: Tensor, visual: Tensor, features: Tensor | None) -> Tensor:
-        embeds = unwrap(model).get_input_embeddings()(input_ids)
-        if features is None:
-            return embeds
-        return embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds))
-
-    def hidden_states(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Any,
-        visual: Tensor,
-        features: Tensor | None,
-        cache: Any | None = None,
-    ) -> Tensor:
-        embeds = self.embed(model, input_ids, visual, features)
-        out = unwrap(model).model.language_model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **self._deeper(embeds, visual, features),
-        )
-        return out.last_hidden_state
-
-    def _deeper(self, embeds: Tensor, visual: Tensor, features: Tensor | None) -> dict[str, Any]:
-        """What the language model takes of the features beside its input."""
-        return {}
-
-    def new_cache(self, model: nn.Module) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=unwrap(model).config.get_text_config())
-
-    def generate_model(self, model: nn.Module) -> Any:
-        return unwrap(model)
-
-    def model_positions(self, position_ids: Tensor) -> Tensor:
-        return position_ids
-
-    def head(self, model: nn.Module) -> nn.Module:
-        return unwrap(model).lm_head
-
     def vision_tower(self, model: nn.Module) -> nn.Module:
         return unwrap(model).model.visual
 
@@ -161,4 +101,4 @@ def vision_positions(grid: Grid, merge: int, interval: float | Tensor = 1) -> Te
     return torch.stack(torch.meshgrid(t, h, w, indexing="ij")).reshape(3, -1)
 
 
-FAMILY = Qwen2VL()
+FAMILY: Family = Qwen2VL()

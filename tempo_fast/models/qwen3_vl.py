@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempo_fast.models.family import Grid, Timing, VideoGeometry, unwrap
+from tempo_fast.models.family import Family, Grid, Timing, VideoGeometry, unwrap
 from tempo_fast.models.qwen2_vl import Qwen2VL, vision_positions
 
 _START, _END = "<|vision_start|>", "<|vision_end|>"
@@ -78,4 +78,4 @@ def patch_seconds(seconds: Sequence[float], temporal: int) -> list[float]:
     return [(seconds[i] + seconds[min(i + temporal - 1, last)]) / 2 for i in range(0, len(seconds), temporal)]
 
 
-FAMILY = Qwen3VL()
+FAMILY: Family = Qwen3VL()

@@ -100,6 +100,7 @@ def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]
         "optimizer": [t.weight_decay, t.adam_beta2, t.warmup_ratio, t.max_grad_norm],
         "max_tokens": t.max_tokens,
         "trees": t.trees,
+        "attention": t.attention,
         "engine": [t.engine, t.zero_stage],
         "data": digest(
             [

@@ -79,6 +79,20 @@ class VideoConfig:
 
 
 @dataclass
+class FeaturesConfig:
+    memory_gib: float = 1.0
+    """Visual features of frozen towers kept in memory, GiB per process; the least recently used go first."""
+    disk: str = ""
+    """Folder that keeps them for later stages, epochs and runs, which then neither decode nor encode; empty keeps none.
+    Several processes and runs may share it."""
+    disk_gib: float = 100.0
+    """Size of that folder, GiB; the least recently used go first."""
+    disk_dtype: Literal["same", "bfloat16"] = "same"
+    """``same``: as the tower gives them, so that nothing changes. ``bfloat16``: half the space of a float32 model's
+    features, rounded; everything then uses rounded ones, cached or not."""
+
+
+@dataclass
 class CurateConfig:
     detector: Literal["pyscenedetect", "transnetv2"] = "pyscenedetect"
     """Shot boundaries: PySceneDetect's content detector (light), or TransNetV2 (extra ``curate``)."""
@@ -278,6 +292,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
@@ -313,6 +328,7 @@ class RunConfig:
             ("train.sft.epochs", t.sft.epochs), ("train.sft.max_steps", t.sft.max_steps),
             ("eval.max_videos", self.eval.max_videos), ("report.pairs", self.report.pairs),
             ("model.threads", self.model.threads), ("curate.workers", self.curate.workers),
+            ("features.memory_gib", self.features.memory_gib),
         ):  # fmt: skip
             _require(value >= 0, key, "0 or more", value)
         for key, value in (
@@ -345,4 +361,5 @@ class RunConfig:
             "set for embedder siglip",
             self.curate.embedder_path,
         )
+        _require(self.features.disk_gib > 0, "features.disk_gib", "above 0", self.features.disk_gib)
         _require(bool(self.output_dir), "output_dir", "a folder", self.output_dir)

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +64,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any])
     Raises InputError on a full disk, a read-only folder or a missing permission, naming the path.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # processes on several machines may share a folder, and in containers their numbers
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +80,17 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any])
 
 
 _THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+def drop_stale(folder: str | os.PathLike[str], older_than_s: float = 86_400) -> None:
+    """Delete what killed processes left of ``write_atomic`` in a folder: temporary files of this age in seconds."""
+    now = time.time()
+    for path in Path(folder).glob(".*.tmp"):
+        try:
+            if now - path.stat().st_mtime > older_than_s:
+                path.unlink()
+        except OSError:  # another process was faster
+            pass
 
 
 @contextmanager

@@ -83,9 +83,12 @@ class Run:
 
     @cached_property
     def features(self) -> Any:
+        from tempo_fast.trees.feature_store import FeatureStore
         from tempo_fast.trees.vision import FeatureCache
 
-        return FeatureCache()
+        f = self.config.features
+        store = FeatureStore(f.disk, int(f.disk_gib * 2**30), f.disk_dtype) if f.disk else None
+        return FeatureCache(int(f.memory_gib * 2**30), store)
 
     @cached_property
     def data(self) -> Any:

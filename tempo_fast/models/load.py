@@ -20,7 +20,7 @@ from tempo_fast.models.family import Family, VideoGeometry
 _READ = (".json", ".jinja", ".txt", ".model")
 _OURS = ("card.json", "merge.json")
 # Entries of config.json that change no result: who wrote it, and a dtype that ``load_bundle`` overrides
-_BOOKKEEPING = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+BOOKKEEPING = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 TINYWORLD_BASE = Path(__file__).resolve().parent.parent / "tinyworld" / "base"
 
@@ -74,7 +74,7 @@ def weights_digest(path: str) -> str:
 def config_digest(path: str) -> str:
     """SHA-256 (hex) over config.json without its bookkeeping: with the weights, what decides hidden states."""
     config = read_json(resolve_path(path) / "config.json")
-    return digest({key: value for key, value in config.items() if key not in _BOOKKEEPING})
+    return digest({key: value for key, value in config.items() if key not in BOOKKEEPING})
 
 
 def checkpoint_digest(path: str) -> str:

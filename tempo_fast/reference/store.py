@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tempo_fast.errors import InputError
-from tempo_fast.files import canonical_json, digest, file_digest, read_json, write_atomic, write_json
+from tempo_fast.files import canonical_json, digest, drop_stale, file_digest, read_json, write_atomic, write_json
 from tempo_fast.models.load import Bundle
 from tempo_fast.trees.attention import choose
 from tempo_fast.trees.layout import ResponseTree
@@ -39,7 +38,6 @@ log = logging.getLogger("tempo_fast")
 FORMAT = 1
 _SCALARS = ("logp", "lse")
 _MEANS = ("mean_logit", "mean_embedding")
-_STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 _OPEN_SHARDS = 64
 
 
@@ -102,7 +100,7 @@ class ReferenceStore:
         self._sound: set[str] = set()
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._check_manifest(dict(compatible or {}))
-        self._clean()
+        drop_stale(self._shards)
         self.refresh()
 
     def __len__(self) -> int:
@@ -228,15 +226,6 @@ class ReferenceStore:
                     "%s: filled with %s %s, this run has %s; equal within rounding",
                     path, name, stored["compatible"][name], compatible[name],
                 )  # fmt: skip
-
-    def _clean(self) -> None:
-        now = time.time()
-        for path in self._shards.glob(".*.tmp"):
-            try:
-                if now - path.stat().st_mtime > _STALE_S:
-                    path.unlink()
-            except OSError:  # another process was faster
-                pass
 
     def _add(self, path: Path) -> None:
         """Read a shard's header into the index; an unreadable one is dropped."""

@@ -122,7 +122,7 @@ class Curriculum:
         root = Path(self.config.reference.store or Path(self.config.output_dir) / "reference")
         objective = self.config.train.objective
         kl = self.config.reference.kl == "always" or make_objective(objective.name, **objective.options).needs_kl
-        fields = reference_fields(bundle)
+        fields = {**reference_fields(bundle), **self.ctx.features.identity()}
         compatible = compatible_fields(bundle, self.config.train.attention)
         store = ReferenceStore(root / digest(fields)[:16], fields, compatible=compatible)
         store.kl = kl

@@ -17,11 +17,19 @@ class DecodeCheck:
     """Decodes the frames of each plan once and remembers the outcome in a journal of complete lines.
 
     A video that breaks in the middle of a stage would end the run, and leaving its records out then would be another
-    training. Videos known to decode (curation has read every frame of theirs) are taken as they are.
+    training. Videos known to decode (curation has read every frame of theirs) are taken as they are, and so are plans
+    that were decoded once (``decoded`` tells by their key).
     """
 
-    def __init__(self, journal: Path, reader: Any, ranks: Ranks, known: Iterable[str] = ()) -> None:
-        self.journal, self.reader, self.ranks = journal, reader, ranks
+    def __init__(
+        self,
+        journal: Path,
+        reader: Any,
+        ranks: Ranks,
+        known: Iterable[str] = (),
+        decoded: Callable[[str], bool] = lambda key: False,
+    ) -> None:
+        self.journal, self.reader, self.ranks, self.decoded = journal, reader, ranks, decoded
         self.known = set(known)
         """SHA-256 of files that decode."""
         self._outcome: dict[str, str] = {}
@@ -54,7 +62,8 @@ class DecodeCheck:
 
     def _try(self, plan: Any) -> str:
         try:
-            self.reader.pixels(plan)
+            if not self.decoded(plan.key):
+                self.reader.pixels(plan)
         except InputError as e:
             return str(e)
         return ""

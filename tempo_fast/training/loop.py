@@ -102,6 +102,7 @@ def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]
         "trees": t.trees,
         "attention": t.attention,
         "engine": [t.engine, t.zero_stage],
+        **ctx.features.identity(),
         "data": digest(
             [
                 [i.tree.id, i.kinds, i.tree.prompt.input_ids.tolist()]
@@ -166,6 +167,7 @@ def run_stage(
             ctx.stopper.check()
             begin, decode_before = time.perf_counter(), ctx.features.decode_seconds
             sums, tokens, videos, hits = Sums(), 0, 0, [0, 0]
+            seen = ctx.features.counts()
             total_pairs = sum(items[i].n_pairs for i in steps[index])
             real = len(real_micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world))
             micros = micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world)
@@ -207,6 +209,7 @@ def run_stage(
                 **sums.means(),
                 "reference/hits": hits[0],
                 "reference/misses": hits[1],
+                **{f"vision/{k}": n - seen[k] for k, n in ctx.features.counts().items()},
                 "perf/tokens_per_s": tokens / seconds,
                 "perf/videos_per_s": videos / seconds,
                 "perf/decode_wait_frac": min(1.0, (ctx.features.decode_seconds - decode_before) / seconds),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tempo_fast.models.family import Family, Grid
+from tempo_fast.trees.feature_store import FeatureStore, tower_digest
 
 
 class PixelSource(Protocol):
@@ -83,25 +84,33 @@ def evaluating(module: nn.Module) -> Any:
 
 
 class FeatureCache:
-    """Features of a frozen vision tower in memory, least recently used first out.
+    """Features of a frozen vision tower in memory, least recently used first out, and behind it on disk.
 
     An entry belongs to the pixels (``plan.key``) and to the state of the tower: any in-place change of its weights, a
     merged, disabled or added adapter makes new entries, so a stale one is never served.
 
+    Args:
+        max_bytes: in memory.
+        store: features on disk, for towers that are frozen and have no adapters. Only a video that was encoded in a
+            call of its own goes there.
+
     Attributes:
-        hits, misses: videos found, videos encoded.
+        hits, misses: videos found, in memory or on disk, and videos encoded.
+        disk_hits: those of the hits that were found on disk.
         decode_seconds: time spent in ``reader.pixels``, decoding and preprocessing.
         encode_seconds: time spent in the vision tower.
     """
 
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, max_bytes: int = 1 << 30, store: FeatureStore | None = None) -> None:
         self.max_bytes = max_bytes
-        self.hits = self.misses = 0
+        self.store = store
+        self.hits = self.misses = self.disk_hits = 0
         self.decode_seconds = self.encode_seconds = 0.0
         self.n_bytes = 0
         self._entries: OrderedDict[tuple[str, Any], Tensor] = OrderedDict()
         self._towers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._count = itertools.count()
+        self._digest: tuple[Any, str] = (None, "")
 
     def features(
         self, family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any], *, together: bool = False
@@ -118,15 +127,23 @@ class FeatureCache:
         tag = self._tag(tower)
         found: dict[str, Tensor] = {}
         todo: dict[str, Any] = {}
+        disk = self._on_disk(family, model, tower, tag)
         for plan in plans:
             if plan.key in found or plan.key in todo:
                 continue
             entry = self._entries.get((plan.key, tag))
-            if entry is None:
-                todo[plan.key] = plan
-            else:
+            if entry is not None:
                 self._entries.move_to_end((plan.key, tag))
                 found[plan.key] = entry
+                continue
+            stored = self.store.get(disk, plan.key) if self.store and disk else None
+            if stored is None:
+                todo[plan.key] = plan
+                continue
+            stored = stored.to(next(tower.parameters()).device)
+            found[plan.key] = stored
+            self.disk_hits += 1
+            self._keep((plan.key, tag), stored)
         self.hits += len(found)
         self.misses += len(todo)
         missing = list(todo.values())
@@ -139,12 +156,28 @@ class FeatureCache:
             with torch.no_grad(), evaluating(tower):
                 new = encode_pixels(family, model, prepared)
             self.decode_seconds += decoded - start
+            if self.store and disk:
+                new = self.store.rounded(new)
+                if len(call) == 1:
+                    self.store.put(disk, call[0].key, new)
             self.encode_seconds += time.perf_counter() - decoded
             for plan, piece in zip(call, _split(new, prepared.grids), strict=True):
                 found[plan.key] = piece
                 # a slice would keep the whole call's features alive
                 self._keep((plan.key, tag), piece if len(call) == 1 else piece.clone())
         return torch.cat([found[plan.key] for plan in plans]) if len(plans) > 1 else found[plans[0].key]
+
+    def counts(self) -> dict[str, int]:
+        """``hits``, ``disk_hits`` and ``misses`` so far."""
+        return {"hits": self.hits, "disk_hits": self.disk_hits, "misses": self.misses}
+
+    def identity(self) -> dict[str, str]:
+        """What of the cache decides results: nothing, unless the disk rounds."""
+        return {"features": self.store.dtype} if self.store is not None and self.store.dtype != "same" else {}
+
+    def holds(self, plan_key: str) -> bool:
+        """Whether features of these pixels are on disk, of whatever tower: they were decoded once."""
+        return self.store is not None and self.store.holds(plan_key)
 
     def clear(self) -> None:
         self._entries.clear()
@@ -163,16 +196,25 @@ class FeatureCache:
             _, old = self._entries.popitem(last=False)
             self.n_bytes -= old.numel() * old.element_size()
 
+    def _on_disk(self, family: Family, model: nn.Module, tower: nn.Module, tag: Any) -> str:
+        """The tower's digest where its features may lie on disk, else empty."""
+        if self.store is None or any(p.requires_grad for p in tower.parameters()) or _tuners(tower):
+            return ""
+        if self._digest[0] != tag:
+            self._digest = tag, tower_digest(family, model)
+        return self._digest[1]
+
     def _tag(self, tower: nn.Module) -> Any:
         if tower not in self._towers:
             self._towers[tower] = next(self._count)
         weights = hash(tuple((name, p._version) for name, p in tower.named_parameters()))
         adapters = hash(
-            tuple(
-                (name, m.disable_adapters, tuple(m.active_adapters), m.merged)
-                for name, m in tower.named_modules()
-                # peft's tuner layers; transformers models have methods of the same names
-                if isinstance(getattr(type(m), "disable_adapters", None), property)
-            )
+            tuple((name, m.disable_adapters, tuple(m.active_adapters), m.merged) for name, m in _tuners(tower))
         )
         return self._towers[tower], weights, adapters
+
+
+def _tuners(tower: nn.Module) -> list[tuple[str, Any]]:
+    """peft's tuner layers by name; transformers models have methods of the same names."""
+    modules = tower.named_modules()
+    return [(n, m) for n, m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)]

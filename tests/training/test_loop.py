@@ -19,6 +19,7 @@ from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
 from tempo_fast.training.data import Item
 from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.loop import Context, Stage, finished, run_stage
+from tempo_fast.trees.feature_store import FeatureStore
 from tempo_fast.trees.layout import build_tree
 from tempo_fast.trees.vision import FeatureCache
 
@@ -160,6 +161,30 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_path: str, 
         run_stage(stage, ctx, bundle, items, store)
         losses.append([r["loss"] for r in rows_of(tmp_path / str(on) / stage.name)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["same", "bfloat16"])
+def test_features_on_disk_change_nothing(tmp_path: Path, tiny_path: str, items: list[Item], reader, dtype: str) -> None:
+    """Two runs that share a folder of features: the second decodes nothing, its losses are the first's bit by bit."""
+    found = []
+    for run in ("first", "second"):
+        ctx = make_context(tmp_path / run, reader)
+        ctx.features = FeatureCache(store=FeatureStore(tmp_path / "features", 1 << 30, dtype))
+        stage, calls = make_stage(tiny_path), len(reader.calls)
+        bundle = fresh(tiny_path, stage)
+        run_stage(stage, ctx, bundle, items, filled(bundle, items, ctx, tmp_path / run / "store"))
+        rows = rows_of(tmp_path / run / stage.name)
+        found.append(([r["loss"] for r in rows], len(reader.calls) - calls, ctx.features.counts()))
+        videos = sum(len(i.tree.plans) for i in items)
+        # the reference was filled before, from the same memory
+        assert sum(r["vision/hits"] for r in rows) == videos * stage.epochs
+        assert all(r["vision/misses"] == r["vision/disk_hits"] == 0 for r in rows)
+    (first, decoded, counts), (second, decoded_again, counts_again) = found
+    assert first == second and (decoded, decoded_again) == (videos, 0)
+    assert (counts["misses"], counts_again["misses"], counts_again["disk_hits"]) == (videos, 0, videos)
+    with pytest.raises(InputError, match="features"):  # rounded ones or not is another training
+        ctx.features = FeatureCache(store=None if dtype == "bfloat16" else FeatureStore(tmp_path, 1, "bfloat16"))
+        finished(stage, ctx, items)
 
 
 def test_sft_with_vision_lora(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:

@@ -21,14 +21,15 @@ def make(successor: Any, make_plan: Any) -> Callable[..., Any]:
     return lambda name, frames, h, w: make_plan(name, frames, h // 7 * patch, w // 7 * patch, patch)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_tree_equals_rows(successor: Any, lora: Any, reader: Any, make: Any, attention: str) -> None:
+@pytest.mark.parametrize(("attention", "own"), [("dense", "sdpa"), ("dense", "eager"), ("split", "sdpa")])
+def test_tree_equals_rows(successor: Any, lora: Any, reader: Any, make: Any, attention: str, own: str) -> None:
+    """Each way of attending packed trees against rows under a dense mask."""
     bundle = lora(successor)
-    bundle.model.get_base_model().set_attn_implementation(attention)
+    bundle.model.get_base_model().set_attn_implementation(own)
     trees = make_trees(bundle, make)
     made = make_objective("rrpo", beta=0.3, alpha=0.5)
-    packed = loss_and_gradients(bundle, reader, collate(trees), made)
-    assert_equal(packed, loss_and_gradients(bundle, reader, collate_rows(trees), made))
+    packed = loss_and_gradients(bundle, reader, collate(trees), made, attention=attention)
+    assert_equal(packed, loss_and_gradients(bundle, reader, collate_rows(trees), made, attention="dense"))
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

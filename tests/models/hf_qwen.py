@@ -2,7 +2,7 @@
 
 They need torchvision: see tests/invariants/hf_pixels.py, and make them anew the same way:
 
-    PYTHONPATH=FOLDER:.:tests python tests/models/hf_qwen.py
+    PYTHONPATH=FOLDER:.:kernels:tests python tests/models/hf_qwen.py
 """
 
 from __future__ import annotations

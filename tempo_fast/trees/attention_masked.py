@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tempo_fast.trees.attention_causal import causal_attention
-from tempo_fast.trees.attention_merged import repeat_heads
+from tempo_fast.trees.attention_causal import causal_attention, repeat_heads
 from tempo_fast.trees.batch import Extent
 
 

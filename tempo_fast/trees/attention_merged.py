@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tempo_fast.trees.attention_causal import repeat_heads
 from tempo_fast.trees.batch import Extent
 
 
@@ -169,11 +170,6 @@ class CpuKernel:
             for total, part, a, b in zip(gradients, found, (q0, k0, k0), (q1, k1, k1), strict=True):
                 share = part[0].transpose(0, 1)
                 _ = total[a:b].add_(share) if add else total[a:b].copy_(share)
-
-
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, K, T, d] -> [B, heads, T, d]: each key head for the query heads that share it."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def linear_logp(
     Args:
         hidden: [N, D] floating point; gather valid positions before calling, N = 0 is allowed.
         weight: [V, D], the dtype of ``hidden`` or another; sums run in float32 (float64 if either is float64).
-        labels: [N] integers in 0..V-1.
+        labels: [N] integers in 0..V-1. Others raise on the CPU; on a GPU and under torch.compile their logp is NaN.
         bias: [V] or None.
         softcap: logits become softcap * tanh(logits / softcap); > 0, or None.
         reference: statistics of :func:`head_statistics` (the reference's head is this frozen head), or the live

@@ -17,13 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from tempo_kernels.backend import backend
 from tempo_kernels.statistics import HeadOutput, HeadStatistics, output, reference_tensors
-from tempo_kernels.sweep import Swept, row_dot, sum_dtype
+from tempo_kernels.sweep import Swept, of_known_labels, row_dot, sum_dtype
 
 
 def _join(swept: Swept, labels: Tensor, rows: int, group: str) -> Swept:
     """What a walk over this rank's rows found, as of the whole head; ``labels`` count from this rank's first row."""
     if not group:
-        return swept
+        return swept._replace(target=of_known_labels(swept.target, labels, rows))
     from tempo_kernels.shards import add, join_lse, join_target
 
     lse, mean = join_lse(swept.lse, group), swept.mean

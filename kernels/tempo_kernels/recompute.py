@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from tempo_kernels.backend import backend
 from tempo_kernels.statistics import HeadOutput, HeadStatistics, output, reference_tensors
-from tempo_kernels.sweep import row_dot, sum_dtype
+from tempo_kernels.sweep import of_known_labels, row_dot, sum_dtype
 
 
 @torch.library.custom_op("tempo_kernels::recompute", mutates_args=())
@@ -38,10 +38,13 @@ def _recompute(
     with torch.autocast(hidden.device.type, enabled=False):
         walk = backend(hidden, weight, reference).pair_forward
         lse, target, ref_lse, ref_target, cross = walk(hidden, reference, weight, labels, bias, softcap, want_kl)
-    if group:
+    rows = weight.shape[0]
+    if not group:
+        target = of_known_labels(target, labels, rows)
+        ref_target = None if ref_target is None else of_known_labels(ref_target, labels, rows)
+    else:
         from tempo_kernels.shards import add, join_lse, join_target
 
-        rows = weight.shape[0]
         lse, target = join_lse(lse, group), join_target(target, labels, rows, group)
         if ref_lse is not None and ref_target is not None:
             whole = join_lse(ref_lse, group)

@@ -34,13 +34,13 @@ def join_lse(lse: Tensor, group: str) -> Tensor:
 def join_target(target: Tensor, labels: Tensor, rows: int, group: str) -> Tensor:
     """The label's logit [N] from the rank that holds the label; ``labels`` [N] count from this rank's first row.
 
-    Raises ValueError on the CPU, on all ranks, when a label lies in no rank's rows, or in those of several.
+    When a label lies in no rank's rows, or in those of several: raises ValueError on the CPU, on all ranks; on a GPU,
+    which the host would have to wait for, its logit is NaN.
     """
-    if target.device.type == "cpu":
-        owners = add(((labels >= 0) & (labels < rows)).to(target.dtype), group)
-        if bool((owners != 1).any()):
-            raise ValueError(
-                "some labels lie in no rank's rows of the head, or in those of several: vocab_start and the ranks' "
-                "shards must cover the vocabulary once; gather the valid positions (label != -100) first"
-            )
-    return add(target, group)
+    lost = add(((labels >= 0) & (labels < rows)).to(target.dtype), group) != 1
+    if target.device.type == "cpu" and bool(lost.any()):
+        raise ValueError(
+            "some labels lie in no rank's rows of the head, or in those of several: vocab_start and the ranks' "
+            "shards must cover the vocabulary once; gather the valid positions (label != -100) first"
+        )
+    return add(target, group).masked_fill_(lost, torch.nan)

@@ -40,6 +40,11 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b.to(a.dtype)).sum(-1)
 
 
+def of_known_labels(target: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+    """target [N], NaN where the label lies outside 0..V-1: to raise, the host would have to wait for the GPU."""
+    return target.masked_fill((labels < 0) | (labels >= vocabulary), torch.nan)
+
+
 class LabelSpots:
     """Which rows' labels [B] lie in which slice of the vocabulary, found once; labels may lie outside 0..V-1."""
 

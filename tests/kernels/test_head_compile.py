@@ -122,6 +122,22 @@ def test_the_operators_hold_what_they_declare() -> None:
         torch.library.opcheck(recompute._recompute_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("impl", ["one_pass", "recompute"])
+def test_an_ignored_label_is_seen_where_it_cannot_be_checked(impl: str) -> None:
+    """As on a GPU: a compiled graph does not look at labels, and a log-prob of no word must not look like one."""
+    torch._dynamo.reset()
+    (hidden, weight, _), labels, options = make("live")
+    compiled = torch.compile(linear_logp, fullgraph=True, backend="eager")
+    good = compiled(hidden, weight, labels, impl=impl, **options)
+    wrong = labels.clone()
+    wrong[3] = -100
+    out = compiled(hidden, weight, wrong, impl=impl, **options)
+    stats = torch.compile(head_statistics, fullgraph=True, backend="eager")(hidden, weight, wrong, impl=impl)
+    others = torch.arange(N) != 3
+    for values, expected in ((out.logp, good.logp), (out.ref_logp, good.ref_logp), (stats.logp, good.logp)):
+        assert values[3].isnan() and torch.equal(values[others], expected[others])
+
+
 def test_statistics_compile() -> None:
     torch._dynamo.reset()
     (hidden, weight, bias), labels, _ = make("plain")

@@ -64,9 +64,11 @@ class WithTile:
 
 
 def tune(kinds: list[str], arch: str, calls: dict[str, Callable[[], Any]], repetitions: int, device: str) -> Any:
-    """(rows of the report, tiles by kernel that beat the table's)."""
+    """(rows of the report, tiles by kernel that beat the table's). Raises ValueError where a file names the tiles."""
     from tempo_kernels.fused import tiles
 
+    if tiles.tuned():
+        raise ValueError(f"{tiles.FILE_VARIABLE} is set, and its tiles would run in place of every candidate: unset it")
     rows, better = [], {}
     for kind in kinds:
         table = tiles.tile_of(arch, kind)
@@ -105,7 +107,10 @@ def main(arguments: list[str]) -> int:
 
     calls = runs(options.n, options.v, options.d, "cuda", torch.bfloat16)
     arch = architecture(torch.cuda.get_device_capability())
-    rows, better = tune(list(calls), arch, calls, options.repetitions, "cuda")
+    try:
+        rows, better = tune(list(calls), arch, calls, options.repetitions, "cuda")
+    except ValueError as problem:
+        parser.error(str(problem))
     print(f"faster than the table: {better or 'none'}")
     write(options.json, environment("cuda"), rows, tiles=better)
     return 0

@@ -274,6 +274,17 @@ def test_small_gradients_survive_a_float16_slab() -> None:
     assert (gradient(2.0**-24) - gradient(1.0)).abs().max() <= 1e-5 * gradient(1.0).abs().max()
 
 
+def test_large_sums_with_small_gradients_fit_into_float16() -> None:
+    """A frequent label under large hidden states: its row sums to 300, and to more than 65504 before it is scaled."""
+    hidden, _, weight, _, labels, _, _ = make(67, 131, 40, torch.float16, scale=1e-3)
+    hidden, labels, d_logp = hidden.abs() + 4000, torch.full_like(labels, 3), torch.full((67,), 1.2e-3, device=DEVICE)
+    lse = launch.pair_forward(hidden, None, weight, labels, None, None, False).lse
+    wanted = {"want_hidden": False, "want_weight": True, "want_bias": False}
+    found = launch.pair_backward(hidden, None, weight, labels, None, None, lse, None, d_logp, None, **wanted)[1]
+    truth = oracle_gradients(hidden, weight, labels, d_logp).d_weight
+    assert found is not None and (found - truth).abs().max() <= 4 * torch.finfo(found.dtype).eps * truth.abs().max()
+
+
 def test_the_operators_hold_what_they_declare() -> None:
     """Fake shapes, strides and dtypes are those of the kernels, whatever the layout of the inputs."""
     hidden, ref, weight, bias, labels, _, _ = make(33, 131, 40, DTYPES[0])
@@ -299,6 +310,9 @@ def test_tuning_compares_every_candidate(monkeypatch: pytest.MonkeyPatch, capsys
     assert [r["impl"] for r in rows if r["case"] == "exp_slab"] == ["32x64x32x1x1", "64x64x32x1x1"]
     assert {r["case"] for r in rows} == set(calls) and all(r["ms"] > 0 for r in rows)
     assert better in ({}, {"exp_slab": list(other)}) and tiles.tile_of("interpreter", "exp_slab") == table
+    monkeypatch.setattr(tiles, "tuned", lambda: {"exp_slab": other})
+    with pytest.raises(ValueError, match=tiles.FILE_VARIABLE):
+        tune(list(calls), "interpreter", calls, 1, "cpu")
 
 
 def test_no_tokens() -> None:

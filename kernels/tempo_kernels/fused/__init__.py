@@ -35,6 +35,8 @@ def supported(hidden: Tensor, weight: Tensor) -> str | None:
         return f"the head is {weight.dtype}"
     if not weight.is_contiguous():
         return "the head is not contiguous"
+    if torch.version.hip:  # AMD's devices are "cuda" to torch, with capabilities that mean something else
+        return "the GPU is not an NVIDIA one"
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "the GPU is older than sm_80"
     return None

@@ -304,10 +304,10 @@ def pair_backward(
     plan = _Plan(weight)
     (n, d), vocabulary = hidden.shape, weight.shape[0]
     d_hidden = torch.zeros(n, d, dtype=torch.float32, device=weight.device) if want_hidden else None
-    d_weight = torch.zeros_like(weight) if want_weight else None
+    d_weight = torch.empty_like(weight) if want_weight else None
     d_bias = None if bias is None or not want_bias else torch.zeros_like(bias)
     if n == 0:
-        return d_hidden, d_weight, d_bias
+        return d_hidden, None if d_weight is None else d_weight.zero_(), d_bias
     # the kernels read vectors without strides
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     lse, ref_lse = lse.contiguous(), None if ref_lse is None else ref_lse.contiguous()
@@ -320,6 +320,7 @@ def pair_backward(
         scale = torch.where(scale > 0, torch.exp2(torch.ceil(torch.log2(scale))), torch.ones_like(scale))
         d_logp = d_logp / scale
         d_kl = None if d_kl is None else d_kl / scale
+    factor = float(scale) if scale is not None and want_weight else 1.0
     pair = reference is not None and d_kl is not None
     kind = "pair_gradient" if pair else "gradient"
     tile = plan.tile(kind, softcap is not None)
@@ -342,10 +343,8 @@ def pair_backward(
             _accumulate(plan, g, first, d_hidden, first > 0)
         if d_weight is not None:
             part = d_weight[first : first + n_cols]
-            if scale is None:
-                torch.mm(g.T, x, out=part)
-            else:
-                part.copy_(torch.mm(g.T, x).mul_(scale))
+            # scaled before it is rounded: float16 ends at 65504
+            torch.addmm(part, g.T, x, beta=0, alpha=factor, out=part)
         if d_bias is not None:
             total = g.sum(0, dtype=torch.float32)
             d_bias[first : first + n_cols] = total if scale is None else total * scale

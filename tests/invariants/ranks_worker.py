@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from tempo_fast.config import TrainConfig  # noqa: E402
 from tempo_fast.runtime.engine import TorchEngine, make_train_engine  # noqa: E402
 from tempo_fast.runtime.head import apply_head  # noqa: E402
 from tempo_fast.runtime.ranks import Ranks  # noqa: E402
+from tempo_fast.training.activations import set_recompute  # noqa: E402
 from tempo_fast.training.module import TrainModule  # noqa: E402
 from tempo_fast.trees.batch import collate  # noqa: E402
 from tempo_fast.trees.layout import build_tree  # noqa: E402
@@ -94,7 +96,7 @@ def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, res
     # as training sets it: activations recomputed in the backward, the frozen tower in eval mode
     bundle.model.train()
     bundle.family.vision_tower(bundle.model).eval()
-    bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_recompute(bundle.model, "selective" if objective == "rrpo" else "full")
     bundle.model.enable_input_require_grads()
     before = {n: p.detach().clone() for n, p in bundle.model.named_parameters() if p.requires_grad}
     module = TrainModule(bundle.model, bundle.family, make_objective(objective, **options))
@@ -211,6 +213,7 @@ def train_below_a_frozen_head(ranks: Ranks, engine: str, stage: int) -> dict[str
     losses, held = [], []
     for _ in range(STEPS):
         loss = trainer(x[ranks.rank :: ranks.world], labels[ranks.rank :: ranks.world])
+        gc.collect()  # DeepSpeed's communication now and then leaves the gathered weight in a cycle
         held.append(not module.full.expired())
         trainer.backward(loss * (ranks.world / len(x)))
         losses.append(float(ranks.all_reduce_sum(loss.detach().double()[None])))

@@ -233,8 +233,10 @@ class TrainConfig:
     """Share of a stage's steps with linear warm-up; then cosine to 0."""
     max_grad_norm: float = 1.0
     """Gradient clipping; 0 is off."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward."""
+    gradient_checkpointing: bool | Literal["none", "full", "selective"] = "full"
+    """What the backward computes again. ``full`` (true): every layer; ``none`` (false): nothing; ``selective``: all
+    but attention and the projections that do not widen, for about five times the memory of ``full`` (attention by
+    ``flex`` is compiled, and computed again)."""
     save_steps: int = 50
     """Checkpoint every so many optimizer steps, and at the end of each stage."""
     keep_checkpoints: int = 2

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -242,6 +243,8 @@ def type_name(hint: Any, short: bool = False) -> str:
     if typing.get_origin(hint) is Literal:
         values = [str(v) for v in typing.get_args(hint)]
         return "|".join(values) if short else f"one of {', '.join(values)}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return ("|" if short else " or ").join(type_name(part, short) for part in typing.get_args(hint))
     long, brief = {
         int: ("a whole number", "INT"),
         float: ("a number", "FLOAT"),

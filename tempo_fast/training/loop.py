@@ -21,6 +21,7 @@ from tempo_fast.runtime.progress import progress
 from tempo_fast.runtime.ranks import Ranks
 from tempo_fast.runtime.seeds import generator
 from tempo_fast.runtime.signals import Stopper
+from tempo_fast.training.activations import set_recompute
 from tempo_fast.training.adapters import save_lora, trainable_parameters
 from tempo_fast.training.checkpoint import drop_checkpoints, load_newest, refuse_other, save_checkpoint
 from tempo_fast.training.data import (
@@ -251,10 +252,7 @@ def _set_mode(bundle: Bundle, t: TrainConfig, vision_trains: bool) -> None:
     bundle.model.train()
     if not vision_trains:
         bundle.family.vision_tower(bundle.model).eval()
-    if t.gradient_checkpointing:
-        bundle.model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+    set_recompute(bundle.model, t.gradient_checkpointing)
 
 
 def _seed_dropout(seed: int, stage: str, step: int, rank: int, micro: int) -> None:

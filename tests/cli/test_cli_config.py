@@ -162,6 +162,18 @@ def test_numbers_of_yaml_are_numbers(value):
     assert yaml.safe_load("a: 1e-4")["a"] == "1e-4"  # why the loader is ours
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("none", "none"), ("selective", "selective")])
+def test_a_key_of_two_types_takes_either(text, value):
+    assert load_config("temple", ["--train.gradient_checkpointing", text]).train.gradient_checkpointing == value
+
+
+def test_a_key_of_two_types_says_so():
+    with pytest.raises(
+        InputError, match=r"^--train\.gradient_checkpointing must be true or false or one of none, full, "
+    ):
+        load_config("temple", ["--train.gradient_checkpointing", "some"])
+
+
 def test_every_key_has_its_docstring_and_is_in_the_help():
     text = describe_keys()
     for key in known_keys().values():

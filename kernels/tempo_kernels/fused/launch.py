@@ -137,7 +137,7 @@ def _sweep(parts: Sequence[Tensor], weight: Tensor, labels: Tensor, want: Sequen
         find = _safe_offset if half and any(want) else _offset
         offsets = [find(plan, x, labels[block]) for x in xs]
         totals.append(_sweep_block(plan, xs, labels[block], offsets, [_rows(r, block) for r in results]))
-    overflowed = torch.stack([total.max() for total in totals]) > LARGEST
+    overflowed = torch.stack([(total > LARGEST).any() for total in totals])  # a NaN row beside it hides none
     if bool(overflowed.any()):
         for block, again in zip(blocks, overflowed.tolist(), strict=True):
             if again:

@@ -206,7 +206,15 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
     import yaml
 
-    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    class Dumper(yaml.SafeDumper):
+        """YAML reads U+0085, U+2028 and U+2029 as line ends unless they are written as escapes."""
+
+    def write_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, write_text)
+    text = yaml.dump(to_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     write_atomic(path, lambda f: f.write(text.encode()))
 
 

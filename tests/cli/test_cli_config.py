@@ -5,7 +5,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tempo_fast import configio
@@ -141,6 +141,8 @@ def test_a_run_folder_is_a_recipe_and_may_move(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
+@example(1.0, 0, True, "a\x85b", [2])
+@example(1.0, 0, True, "a\u2028 b\u2029", [2])
 @given(
     st.floats(1e-12, 1e12), st.integers(-(2**40), 2**40), st.booleans(), st.text(max_size=20),
     st.lists(st.sampled_from([16, 8, 4, 2]), min_size=1, max_size=4, unique=True),

@@ -237,6 +237,9 @@ class TrainConfig:
     """What the backward computes again. ``full`` (true): every layer; ``none`` (false): nothing; ``selective``: all
     but attention and the projections that do not widen, for about five times the memory of ``full`` (attention by
     ``flex`` is compiled, and computed again)."""
+    liger_kernels: bool | Literal["auto"] = False
+    """RMSNorm, SwiGLU and (but for Qwen-VL) RoPE of the text model by the package liger-kernel, on CUDA; they change
+    rounding alone. true: an error where they cannot run; ``auto``: the model's own there."""
     save_steps: int = 50
     """Checkpoint every so many optimizer steps, and at the end of each stage."""
     keep_checkpoints: int = 2

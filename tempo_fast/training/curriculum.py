@@ -17,6 +17,7 @@ from typing import Any
 from tempo_fast.config import LoraConfig, ObjectiveConfig, RunConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, read_json, write_json
+from tempo_fast.models.liger import apply_liger
 from tempo_fast.models.load import Bundle, checkpoint_digest, load_bundle, resolve_path
 from tempo_fast.reference.fill import fill, start_check
 from tempo_fast.reference.store import ReferenceStore, compatible_fields, reference_fields
@@ -77,7 +78,9 @@ class Curriculum:
 
     def load(self, path: str) -> Bundle:
         model = self.config.model
-        return load_bundle(path, model.dtype, model.device)
+        bundle = load_bundle(path, model.dtype, model.device)
+        apply_liger(bundle.model, self.config.train.liger_kernels, bundle.device)
+        return bundle
 
     @cached_property
     def planner(self) -> Bundle:

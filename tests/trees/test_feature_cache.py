@@ -77,9 +77,7 @@ def test_a_changed_tower_makes_new_features(tiny: Any, lora: Any, reader: Any, m
     moved = cached(bundle, cache, reader, plans)
     assert not torch.equal(moved, on)
     merged = bundle.model.merge_and_unload()
-    torch.testing.assert_close(
-        cache.features(bundle.family, merged, reader, plans), moved, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(cache.features(bundle.family, merged, reader, plans), moved, rtol=1e-4, atol=1e-4)
     assert cache.misses == 4
 
 

@@ -2,11 +2,11 @@
 
 The same records and model; the sides are in ``bench.steps.sides``. A case ``1+k`` has one chosen and k rejected answers
 per video: k pairs. A step takes --records videos through forward, backward and AdamW, in micro-batches of one record
-(``tree_1``, ``rows``) or of four (``tree_4``, ``rows_4``); ``full_live`` runs one pair at a time, with the logits of
-all positions and a live reference, as TEMPLE was published. ``_live`` runs the reference in the step, the others read
-what was kept of it. Every side has the same --checkpointing. Nothing is decoded. With --vision ``encoded`` each video
-goes through the tower once for trees, and once per row for rows, as TRL's collator repeats it. --liger puts Liger's
-model kernels under every side, so that ``rows`` is TRL's set-up with use_liger_kernel.
+(``tree_1``, ``rows_1``), of four (``tree_4``, ``rows_4``), or of one pair (``rows``); ``full_live`` is one pair with
+the logits of all positions and a live reference, as TEMPLE was published. ``_live`` runs the reference in the step, the
+others read what was kept of it. Every side has the same --checkpointing. Nothing is decoded. With --vision ``encoded``
+each video goes through the tower once for trees, and once per row for rows, as TRL's collator repeats it. --liger puts
+Liger's model kernels under every side, so that ``rows`` is TRL's set-up with use_liger_kernel.
 
 ``records_per_s`` counts videos. ``over`` is its ratio to that of ``rows``, ``rows_live`` and ``full_live``,
 ``over_cpu`` the same by CPU time, for a machine that others load. ``tokens`` are those of the language model with

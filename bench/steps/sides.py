@@ -58,9 +58,10 @@ SIDES = {
         Side("tree_4", 4, trees=True),
         Side("tree_1", 1, trees=True),
         Side("tree_1_live", 1, trees=True, live=True),
-        Side("rows", 1, trees=False),
+        Side("rows", 0, trees=False),
+        Side("rows_1", 1, trees=False),
         Side("rows_4", 4, trees=False),
-        Side("rows_live", 1, trees=False, live=True),
+        Side("rows_live", 0, trees=False, live=True),
         Side("full_live", 0, trees=False, live=True, all_logits=True),
     )
 }

@@ -84,7 +84,7 @@ def test_trees_encode_each_video_once_and_rows_once_per_row(monkeypatch: pytest.
 # -- formulas ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tree_1", "tree_4", "rows", "rows_4"])
+@pytest.mark.parametrize("name", ["tree_1", "tree_4", "rows", "rows_1", "rows_4"])
 def test_pairs_of_queries_and_keys_are_those_of_the_mask(name: str, rig: Rig) -> None:
     side = SIDES[name]
     for items in rig.batches(side):

@@ -79,6 +79,18 @@ class VideoConfig:
 
 
 @dataclass
+class LoaderConfig:
+    """How videos are read while the model works. Changes no result."""
+
+    workers: int = 2
+    """Threads per process that decode ahead of the step; 0 decodes when a video is needed."""
+    ahead: int = 4
+    """Most videos decoded and not used yet. One holds about 19 kB per visual token: 0.2 GB at 11,500 tokens."""
+    timeout_s: float = 300.0
+    """Longest time for one video, in seconds; then it counts as broken."""
+
+
+@dataclass
 class FeaturesConfig:
     memory_gib: float = 1.0
     """Visual features of frozen towers kept in memory, GiB per process; the least recently used go first."""
@@ -90,6 +102,10 @@ class FeaturesConfig:
     disk_dtype: Literal["same", "bfloat16"] = "same"
     """``same``: as the tower gives them, so that nothing changes. ``bfloat16``: half the space of a float32 model's
     features, rounded; everything then uses rounded ones, cached or not."""
+    batched: bool = False
+    """Encode the videos of a micro-batch that are not cached in one call of the tower, which is faster for many short
+    ones. Rounding then depends on what stood beside a video: a resumed run is not bit-equal, and ``disk`` is refused.
+    false: a call for each."""
 
 
 @dataclass
@@ -225,6 +241,9 @@ class TrainConfig:
     """Pairs per optimizer step over all ranks: in a tree of one chosen and three rejected the chosen counts thrice."""
     max_tokens: int = 16384
     """Token budget of one packed row; a record that is longer is an error."""
+    length_window: int = 1
+    """Optimizer steps whose records are sorted by length before they are dealt to steps: more than 1 makes the records
+    of a step alike, so that ranks finish together and rows are full; the order of the steps stays random."""
     weight_decay: float = 0.1
     """AdamW."""
     adam_beta2: float = 0.95
@@ -297,6 +316,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -333,7 +353,7 @@ class RunConfig:
             ("train.sft.epochs", t.sft.epochs), ("train.sft.max_steps", t.sft.max_steps),
             ("eval.max_videos", self.eval.max_videos), ("report.pairs", self.report.pairs),
             ("model.threads", self.model.threads), ("curate.workers", self.curate.workers),
-            ("features.memory_gib", self.features.memory_gib),
+            ("features.memory_gib", self.features.memory_gib), ("loader.workers", self.loader.workers),
         ):  # fmt: skip
             _require(value >= 0, key, "0 or more", value)
         for key, value in (
@@ -341,6 +361,7 @@ class RunConfig:
             ("train.sft.batch_size", t.sft.batch_size), ("generation.batch_size", self.generation.batch_size),
             ("generation.max_new_tokens", self.generation.max_new_tokens), ("eval.bootstrap", self.eval.bootstrap),
             ("report.strip_frames", self.report.strip_frames), ("curate.max_group_runs", self.curate.max_group_runs),
+            ("loader.ahead", self.loader.ahead), ("train.length_window", t.length_window),
         ):  # fmt: skip
             _require(value >= 1, key, "1 or more", value)
         _require(0 <= t.lora.dropout < 1, "train.lora.dropout", "in [0, 1)", t.lora.dropout)
@@ -365,6 +386,13 @@ class RunConfig:
             "curate.embedder_path",
             "set for embedder siglip",
             self.curate.embedder_path,
+        )
+        _require(self.loader.timeout_s > 0, "loader.timeout_s", "above 0", self.loader.timeout_s)
+        _require(
+            not (self.features.batched and self.features.disk),
+            "features.batched",
+            "false with features.disk, which keeps features of one video alone",
+            self.features.batched,
         )
         _require(self.features.disk_gib > 0, "features.disk_gib", "above 0", self.features.disk_gib)
         _require(bool(self.output_dir), "output_dir", "a folder", self.output_dir)

@@ -125,7 +125,10 @@ def _curriculum(run: Run) -> Iterator[Any]:
             features=run.features,
             ranks=ranks,
             stopper=stopper,
-            checked=DecodeCheck(run.out / "train" / "decoded.jsonl", run.reader, ranks, known, run.features.holds),
+            checked=DecodeCheck(
+                run.out / "train" / "decoded.jsonl", run.reader, ranks, known, run.features.holds, config.loader
+            ),
+            loader=config.loader,
             tensorboard=run.out / "tensorboard",
         )
         yield Curriculum(config, ctx, lambda r: _load_pairs(run, r), _sft_data(run))

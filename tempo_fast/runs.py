@@ -88,7 +88,7 @@ class Run:
 
         f = self.config.features
         store = FeatureStore(f.disk, int(f.disk_gib * 2**30), f.disk_dtype) if f.disk else None
-        return FeatureCache(int(f.memory_gib * 2**30), store)
+        return FeatureCache(int(f.memory_gib * 2**30), store, batched=f.batched)
 
     @cached_property
     def data(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tempo_fast.config import LoaderConfig
 from tempo_fast.errors import InputError
 from tempo_fast.models.load import Bundle
 from tempo_fast.reference.store import ReferenceStore
@@ -21,6 +22,7 @@ from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import Branch, ResponseTree
 from tempo_fast.trees.packing import pack
 from tempo_fast.trees.vision import FeatureCache, PixelSource, evaluating
+from tempo_fast.video.loader import prefetching
 from tempo_kernels.head import HeadStatistics, head_statistics
 
 # Where the start check stops a run, in nats per token on average: at several times the noise it measures, but never
@@ -91,6 +93,7 @@ def fill(
     attention: str = "auto",
     progress: str = "reference",
     ranks: Ranks | None = None,
+    loader: LoaderConfig | None = None,
     check: Callable[[], None] | None = None,
     on_stored: Callable[[list[str]], None] | None = None,
 ) -> FillReport:
@@ -104,6 +107,7 @@ def fill(
         attention: as ``train.attention``.
         progress: name of the progress bar.
         ranks: None takes the process group as it is.
+        loader: how videos are decoded ahead; None decodes them when they are needed.
         check: called before every pack, equally often on every rank; may raise (``Stopper.check``), what was stored
             stays.
         on_stored: called after every pack with the keys that this rank has stored.
@@ -129,7 +133,15 @@ def fill(
     order = sorted(range(len(todo)), key=lambda i: -lengths[i])
     packs = pack(lengths, max_tokens, order=order, ids=[part.id for part, _ in todo])
     mine = packs[ranks.rank :: ranks.world]
-    with progress_bar(sum(len(p) for p in mine), desc=progress, unit="tree") as bar:
+    family, model = bundle.family, bundle.model
+    reading = prefetching(
+        reader,
+        (plan for members in mine for i in members for plan in todo[i][0].plans),
+        loader,
+        skip=lambda plan: features.has(family, model, plan.key),
+        once=True,
+    )
+    with reading as source, progress_bar(sum(len(p) for p in mine), desc=progress, unit="tree") as bar:
         for turn in range(-(-len(packs) // ranks.world)):
             if check is not None:
                 check()
@@ -137,7 +149,7 @@ def fill(
                 continue
             members = mine[turn]
             with reference_mode(bundle.model):
-                found = statistics(bundle, [todo[i][0] for i in members], reader, features, kl=kl, attention=attention)
+                found = statistics(bundle, [todo[i][0] for i in members], source, features, kl=kl, attention=attention)
             names = [key for i in members for key in todo[i][1]]
             sizes = [len(b.input_ids) for i in members for b in todo[i][0].branches]
             pieces = zip(*(x.split(sizes) if x is not None else [None] * len(sizes) for x in found), strict=True)

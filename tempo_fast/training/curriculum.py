@@ -147,6 +147,7 @@ class Curriculum:
             kl=store.kl,
             max_tokens=self.config.train.max_tokens,
             attention=self.config.train.attention,
+            loader=self.ctx.loader,
             check=self.ctx.stopper.check,
         )
         return counts

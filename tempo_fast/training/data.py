@@ -5,7 +5,7 @@ Branch 0 of a preference tree is the chosen answer, branches 1..k the rejected o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,26 +98,58 @@ def _items(bundle: Bundle, reader: VideoReader, rows: Sequence[tuple], what: str
     return out
 
 
-def plan_steps(n_pairs: Sequence[int], batch_size: int, seed: int, stage: str, epochs: int) -> list[list[int]]:
+def plan_steps(
+    n_pairs: Sequence[int],
+    batch_size: int,
+    seed: int,
+    stage: str,
+    epochs: int,
+    *,
+    lengths: Sequence[int] = (),
+    window: int = 1,
+) -> list[list[int]]:
     """Optimizer steps as lists of item indices: each epoch in its own order, filled until ``batch_size`` pairs.
 
     A tree is never split, so a step may hold a few pairs more; the last step of an epoch may hold fewer. The plan
     depends on its arguments alone, so that resuming is starting at a later index.
+
+    Args:
+        n_pairs: pairs of each item.
+        batch_size: pairs of a step.
+        seed, stage: of the order.
+        epochs: passes over all items.
+        lengths: tokens of each item, for ``window``.
+        window: above 1, items of so many steps are sorted by length, longest first, before they are dealt to steps;
+            the steps of an epoch then come in random order, a last one that is not full at the end.
     """
     steps: list[list[int]] = []
     for epoch in range(epochs):
         order = torch.randperm(len(n_pairs), generator=generator(seed, stage, "order", epoch)).tolist()
-        step: list[int] = []
-        pairs = 0
-        for index in order:
-            step.append(index)
-            pairs += n_pairs[index]
-            if pairs >= batch_size:
-                steps.append(step)
-                step, pairs = [], 0
-        if step:
-            steps.append(step)
+        cut = _fill_steps(order, n_pairs, batch_size)
+        if window > 1:
+            parts = [sum(cut[i : i + window], []) for i in range(0, len(cut), window)]
+            cut = _fill_steps([i for part in parts for i in _longest_first(part, lengths)], n_pairs, batch_size)
+            full = len(cut) - (sum(n_pairs[i] for i in cut[-1]) < batch_size) if cut else 0
+            drawn = torch.randperm(full, generator=generator(seed, stage, "windows", epoch)).tolist()
+            cut = [*(cut[i] for i in drawn), *cut[full:]]
+        steps += cut
     return steps
+
+
+def _fill_steps(order: Sequence[int], n_pairs: Sequence[int], batch_size: int) -> list[list[int]]:
+    steps: list[list[int]] = []
+    pairs = batch_size
+    for index in order:
+        if pairs >= batch_size:
+            steps.append([])
+            pairs = 0
+        steps[-1].append(index)
+        pairs += n_pairs[index]
+    return steps
+
+
+def _longest_first(part: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(part, key=lambda i: -lengths[i])  # stable: equal ones stay as drawn
 
 
 def micro_batches(
@@ -138,12 +170,27 @@ def micro_batches(
 def real_micro_batches(
     items: Sequence[Item], step: Sequence[int], max_tokens: int, rank: int, world: int
 ) -> list[list[int]]:
-    """The micro-batches of a rank that count, without the fillers."""
-    mine = list(step[rank::world])
-    if not mine:
-        return []
-    packs = pack([items[i].tree.n_tokens for i in mine], max_tokens, ids=[items[i].tree.id for i in mine])
+    """The micro-batches of a rank that count, without the fillers.
+
+    Longest first, each tree goes to the rank with the fewest tokens so far, and there into the fullest row that takes
+    it.
+    """
+    lengths = {i: items[i].tree.n_tokens for i in step}
+    shares: list[list[int]] = [[] for _ in range(world)]
+    tokens = [0] * world
+    for i in sorted(step, key=lambda i: -lengths[i]):
+        r = tokens.index(min(tokens))
+        shares[r].append(i)
+        tokens[r] += lengths[i]
+    mine = shares[rank]
+    packs = pack([lengths[i] for i in mine], max_tokens, ids=[items[i].tree.id for i in mine])
     return [[mine[j] for j in p] for p in packs]
+
+
+def upcoming_plans(items: Sequence[Item], micros: Iterable[Sequence[int]]) -> Iterator[Any]:
+    """The videos of micro-batches in the order in which they are read: each distinct one once per micro-batch."""
+    for micro in micros:
+        yield from {plan.key: plan for i in micro for plan in items[i].tree.plans}.values()
 
 
 def check_lengths(items: Sequence[Item], max_tokens: int) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tempo_fast.config import LoaderConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import read_jsonl
 from tempo_fast.runtime.progress import progress
 from tempo_fast.runtime.ranks import Ranks
+from tempo_fast.video.loader import Source, prefetching
 
 
 class DecodeCheck:
@@ -28,8 +30,10 @@ class DecodeCheck:
         ranks: Ranks,
         known: Iterable[str] = (),
         decoded: Callable[[str], bool] = lambda key: False,
+        loader: LoaderConfig | None = None,
     ) -> None:
         self.journal, self.reader, self.ranks, self.decoded = journal, reader, ranks, decoded
+        self.loader = loader
         self.known = set(known)
         """SHA-256 of files that decode."""
         self._outcome: dict[str, str] = {}
@@ -45,11 +49,13 @@ class DecodeCheck:
         distinct = {p.key: p for p in plans if getattr(p, "digest", None) not in self.known}
         todo = [p for key, p in distinct.items() if key not in self._outcome]
         mine = {}
-        for plan in progress(todo[self.ranks.rank :: self.ranks.world], desc="decode check", unit="video"):
-            check() if self.ranks.world == 1 else None
-            mine[plan.key] = self._try(plan)
-            if self.ranks.world == 1:
-                self._write({plan.key: mine[plan.key]})
+        share = todo[self.ranks.rank :: self.ranks.world]
+        with prefetching(self.reader, share, self.loader, skip=lambda plan: self.decoded(plan.key)) as source:
+            for plan in progress(share, desc="decode check", unit="video"):
+                check() if self.ranks.world == 1 else None
+                mine[plan.key] = self._try(plan, source)
+                if self.ranks.world == 1:
+                    self._write({plan.key: mine[plan.key]})
         for part in self.ranks.all_gather_object(mine):
             self._outcome.update(part)
         if self.ranks.world > 1 and self.ranks.is_main:
@@ -60,10 +66,10 @@ class DecodeCheck:
             if self._outcome[key]
         }
 
-    def _try(self, plan: Any) -> str:
+    def _try(self, plan: Any, source: Source) -> str:
         try:
             if not self.decoded(plan.key):
-                self.reader.pixels(plan)
+                source.pixels(plan)
         except InputError as e:
             return str(e)
         return ""

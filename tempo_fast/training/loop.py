@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tempo_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
+from tempo_fast.config import LoaderConfig, LoraConfig, ObjectiveConfig, TrainConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, read_json, read_jsonl, to_plain, write_json
 from tempo_fast.models.load import Bundle
@@ -31,12 +32,14 @@ from tempo_fast.training.data import (
     micro_batches,
     plan_steps,
     real_micro_batches,
+    upcoming_plans,
 )
 from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.metrics import MetricsWriter, peak_memory_gib
 from tempo_fast.training.module import Sums, TrainModule
 from tempo_fast.trees.batch import collate, collate_rows
 from tempo_fast.trees.vision import FeatureCache, Pixels, prepare_pixels
+from tempo_fast.video.loader import Source, prefetching
 from tempo_fast.video.reader import VideoReader
 from tempo_kernels.head import HeadStatistics
 from tempo_kernels.objectives import make_objective
@@ -57,6 +60,7 @@ class Context:
     ranks: Ranks
     stopper: Stopper
     checked: DecodeCheck
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     tensorboard: Path | None = None
     skipped: int = 0
     """Videos left out so far, for the metrics."""
@@ -100,8 +104,10 @@ def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]
         "seed": ctx.seed,
         "optimizer": [t.weight_decay, t.adam_beta2, t.warmup_ratio, t.max_grad_norm],
         "max_tokens": t.max_tokens,
+        "length_window": t.length_window,
         "trees": t.trees,
         "attention": t.attention,
+        "batched_features": ctx.features.batched,
         "engine": [t.engine, t.zero_stage],
         **ctx.features.identity(),
         "data": digest(
@@ -146,9 +152,12 @@ def run_stage(
         objective = make_objective(stage.objective.name, **stage.objective.options)
     except ValueError as e:
         raise InputError(f"train.objective: {e}") from e
-    steps = plan_steps([i.n_pairs for i in items], stage.batch_size, ctx.seed, stage.name, stage.epochs)
+    lengths, pairs = [i.tree.n_tokens for i in items], [i.n_pairs for i in items]
+    steps = plan_steps(
+        pairs, stage.batch_size, ctx.seed, stage.name, stage.epochs, lengths=lengths, window=t.length_window
+    )
     steps = steps[: stage.max_steps or None]
-    all_pairs = sum(i.n_pairs for i in items)
+    all_pairs = sum(pairs)
 
     module = TrainModule(bundle.model, bundle.family, objective, t.attention)
     _set_mode(bundle, t, stage.vision_lora)
@@ -163,6 +172,8 @@ def run_stage(
     board = ctx.tensorboard / stage.name if ctx.tensorboard else None
     writer = MetricsWriter(folder, board, keep_steps=done) if ranks.is_main else None
     bar = progress(range(done, len(steps)), desc=stage.name, unit="step")
+    reading = ExitStack()
+    source = reading.enter_context(_reading(ctx, bundle, stage, items, steps[done:]))
     try:
         for index in bar:
             ctx.stopper.check()
@@ -174,7 +185,7 @@ def run_stage(
             micros = micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world)
             for number, micro in enumerate(micros):
                 _seed_dropout(ctx.seed, stage.name, index, ranks.rank, number)
-                loss, part, counts = _forward(engine, ctx, bundle, stage, [items[i] for i in micro], store)
+                loss, part, counts = _forward(engine, ctx, bundle, stage, [items[i] for i in micro], store, source)
                 if not torch.isfinite(loss):
                     names = ", ".join(items[i].tree.id for i in micro)
                     raise InputError(
@@ -234,6 +245,7 @@ def run_stage(
             f"stopped in {stage.name} after step {index} of {len(steps)}; the same command resumes", stop.exit_code
         ) from stop
     finally:
+        reading.close()
         bar.close()
         if writer:
             writer.close()
@@ -260,7 +272,24 @@ def _seed_dropout(seed: int, stage: str, step: int, rank: int, micro: int) -> No
     torch.manual_seed(generator(seed, stage, step, rank, micro).initial_seed())
 
 
-def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], store: ReferenceStore | None):
+def _reading(
+    ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], steps: list[list[int]]
+) -> AbstractContextManager[Source]:
+    """The reader, ahead of the micro-batches of this rank; videos whose features are at hand are left out."""
+    ranks, cached = ctx.ranks, not stage.vision_lora
+    micros = (m for step in steps for m in micro_batches(items, step, ctx.train.max_tokens, ranks.rank, ranks.world))
+    return prefetching(
+        ctx.reader,
+        upcoming_plans(items, micros),
+        ctx.loader,
+        skip=lambda plan: cached and ctx.features.has(bundle.family, bundle.model, plan.key),
+        once=cached,
+    )
+
+
+def _forward(
+    engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], store: ReferenceStore | None, source: Source
+):
     """Loss sum, metric sums and (tokens, videos, reference hits, misses) of one micro-batch."""
     trees = [i.tree for i in items]
     packed = (collate if ctx.train.trees else collate_rows)(trees, bundle.device)
@@ -269,7 +298,7 @@ def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Ite
     inputs: dict[str, Any] = {}
     if stage.vision_lora and plans:
         begin = time.perf_counter()
-        inputs = {"pixels": prepare_pixels(ctx.reader, plans, bundle.device, bundle.dtype)}
+        inputs = {"pixels": prepare_pixels(source, plans, bundle.device, bundle.dtype)}
         ctx.features.decode_seconds += time.perf_counter() - begin
     elif stage.vision_lora and ctx.ranks.world > 1:
         # where the tower trains, every rank calls it once per micro-batch, or the others wait for its gradients
@@ -277,7 +306,7 @@ def _forward(engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Ite
         blank = torch.zeros(shape, device=bundle.device, dtype=bundle.dtype)
         inputs = {"pixels": Pixels(blank, [grid], [0]), "blank": True}
     elif plans:
-        inputs = {"features": ctx.features.features(bundle.family, bundle.model, ctx.reader, plans)}
+        inputs = {"features": ctx.features.features(bundle.family, bundle.model, source, plans)}
     hits = misses = 0
     if store is not None:
         hits_before, misses_before = store.hits, store.misses

@@ -78,8 +78,10 @@ class FeatureStore:
         """``features`` as they come back from disk, in their own dtype."""
         return features if self.dtype == "same" else features.to(torch.bfloat16).to(features.dtype)
 
-    def holds(self, plan_key: str) -> bool:
-        """Whether some tower's features of these pixels are here: they were decoded once."""
+    def holds(self, plan_key: str, tower: str = "") -> bool:
+        """Whether features of these pixels are here, of this tower or of any (they were decoded once)."""
+        if tower:
+            return self._path(tower, plan_key).is_file()
         return next(self.root.glob(f"*/{plan_key}.safetensors"), None) is not None
 
     def get(self, tower: str, plan_key: str) -> Tensor | None:

@@ -93,6 +93,7 @@ class FeatureCache:
         max_bytes: in memory.
         store: features on disk, for towers that are frozen and have no adapters. Only a video that was encoded in a
             call of its own goes there.
+        batched: encode what is missing in one call unless a caller says otherwise.
 
     Attributes:
         hits, misses: videos found, in memory or on disk, and videos encoded.
@@ -101,9 +102,12 @@ class FeatureCache:
         encode_seconds: time spent in the vision tower.
     """
 
-    def __init__(self, max_bytes: int = 1 << 30, store: FeatureStore | None = None) -> None:
+    def __init__(
+        self, max_bytes: int = 1 << 30, store: FeatureStore | None = None, *, batched: bool = False
+    ) -> None:
         self.max_bytes = max_bytes
         self.store = store
+        self.batched = batched
         self.hits = self.misses = self.disk_hits = 0
         self.decode_seconds = self.encode_seconds = 0.0
         self.n_bytes = 0
@@ -113,16 +117,23 @@ class FeatureCache:
         self._digest: tuple[Any, str] = (None, "")
 
     def features(
-        self, family: Family, model: nn.Module, reader: PixelSource, plans: Sequence[Any], *, together: bool = False
+        self,
+        family: Family,
+        model: nn.Module,
+        reader: PixelSource,
+        plans: Sequence[Any],
+        *,
+        together: bool | None = None,
     ) -> Tensor | None:
         """Features [G, D] of ``plans`` in order, without graph, the tower in eval mode; None when there are none.
 
         Each video that is not cached is encoded by a call of its own, so that its features do not depend, not even in
-        rounding, on what else was asked for: a resumed run is bit-equal. ``together`` encodes them in one call, for
-        many short clips.
+        rounding, on what else was asked for: a resumed run is bit-equal. ``together`` (None: ``batched``) encodes them
+        in one call, for many short clips.
         """
         if not plans:
             return None
+        together = self.batched if together is None else together
         tower = family.vision_tower(model)
         tag = self._tag(tower)
         found: dict[str, Tensor] = {}
@@ -174,6 +185,15 @@ class FeatureCache:
     def identity(self) -> dict[str, str]:
         """What of the cache decides results: nothing, unless the disk rounds."""
         return {"features": self.store.dtype} if self.store is not None and self.store.dtype != "same" else {}
+
+    def has(self, family: Family, model: nn.Module, plan_key: str) -> bool:
+        """Whether these pixels need not be decoded now: features of this tower are in memory or on disk."""
+        tower = family.vision_tower(model)
+        tag = self._tag(tower)
+        if (plan_key, tag) in self._entries:
+            return True
+        disk = self._on_disk(family, model, tower, tag)
+        return bool(disk) and self.store is not None and self.store.holds(plan_key, disk)
 
     def holds(self, plan_key: str) -> bool:
         """Whether features of these pixels are on disk, of whatever tower: they were decoded once."""

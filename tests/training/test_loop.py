@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tempo_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
+from tempo_fast.config import LoaderConfig, LoraConfig, ObjectiveConfig, TrainConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import file_digest
 from tempo_fast.models.load import Bundle, load_bundle
@@ -184,6 +184,45 @@ def test_features_on_disk_change_nothing(tmp_path: Path, tiny_path: str, items: 
     assert (counts["misses"], counts_again["misses"], counts_again["disk_hits"]) == (videos, 0, videos)
     with pytest.raises(InputError, match="features"):  # rounded ones or not is another training
         ctx.features = FeatureCache(store=None if dtype == "bfloat16" else FeatureStore(tmp_path, 1, "bfloat16"))
+        finished(stage, ctx, items)
+
+
+@pytest.mark.parametrize("vision_lora", [False, True])
+def test_decoding_ahead_changes_nothing(
+    tmp_path: Path, tiny_path: str, items: list[Item], reader, vision_lora: bool
+) -> None:
+    """Losses bit by bit, with few and many workers; each video is still decoded as often, and no more."""
+    found = []
+    changes = {"vision_lora": True, "objective": ObjectiveConfig("sft", {})} if vision_lora else {}
+    for workers, ahead in ((0, 1), (1, 1), (3, 8)):
+        out = tmp_path / str(workers)
+        ctx, stage, calls = make_context(out, reader), make_stage(tiny_path, **changes), len(reader.calls)
+        ctx.loader = LoaderConfig(workers=workers, ahead=ahead)
+        ctx.features = FeatureCache(max_bytes=0)  # keeps nothing: every epoch decodes
+        bundle = fresh(tiny_path, stage)
+        store = None if vision_lora else filled(bundle, items, ctx, out / "store")
+        run_stage(stage, ctx, bundle, items, store)
+        found.append(([r["loss"] for r in rows_of(out / stage.name)], len(reader.calls) - calls))
+    assert found[0] == found[1] == found[2]
+    videos = sum(len(i.tree.plans) for i in items)
+    assert found[0][1] == videos * (stage.epochs + (not vision_lora))
+
+
+def test_one_call_of_the_tower_for_a_micro_batch(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    losses, calls = [], []
+    for batched in (False, True):
+        ctx, stage = make_context(tmp_path / str(batched), reader, max_tokens=4096), make_stage(tiny_path, batch_size=7)
+        ctx.features = FeatureCache(max_bytes=0, batched=batched)
+        bundle, seen = fresh(tiny_path, stage), []
+        store = filled(bundle, items, ctx, tmp_path / str(batched) / "store")
+        bundle.family.vision_tower(bundle.model).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        run_stage(stage, ctx, bundle, items, store)
+        losses.append([r["loss"] for r in rows_of(tmp_path / str(batched) / stage.name)])
+        calls.append(len(seen))
+    assert calls == [3 * stage.epochs, stage.epochs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    with pytest.raises(InputError, match="batched_features is False now and was True"):
+        ctx.features = FeatureCache()
         finished(stage, ctx, items)
 
 

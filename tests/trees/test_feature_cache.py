@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tempo_fast.trees.feature_store import FeatureStore
 from tempo_fast.trees.vision import FeatureCache, encode_pixels, prepare_pixels
 
 
@@ -127,3 +128,32 @@ def test_waiting_for_pixels_is_measured(tiny: Any, reader: Any, make_plan: Any) 
     before = cache.decode_seconds
     cached(tiny, cache, Slow(), [make_plan("a", 2)])
     assert cache.decode_seconds == before
+
+
+def test_a_batched_cache_calls_the_tower_once_for_what_is_missing(tiny: Any, reader: Any, make_plan: Any) -> None:
+    plans = [make_plan("a", 5), make_plan("b", 1, 56, 56), make_plan("c", 4, 28, 84), make_plan("a", 5)]
+    calls: list[int] = []
+    handle = tiny.family.vision_tower(tiny.model).register_forward_hook(lambda *_: calls.append(1))
+    try:
+        batched, single = FeatureCache(batched=True), FeatureCache()
+        together = cached(tiny, batched, reader, plans)
+        assert len(calls) == 1
+        alone = cached(tiny, single, reader, plans)
+        assert len(calls) == 1 + 3
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+        again = cached(tiny, batched, reader, plans[:2])
+        assert torch.equal(again, together[: len(again)])
+        assert len(calls) == 4
+    finally:
+        handle.remove()
+
+
+def test_a_cache_knows_what_need_not_be_decoded(tiny: Any, reader: Any, make_plan: Any, tmp_path: Any) -> None:
+    a, b = make_plan("a", 2), make_plan("b", 2)
+    cache = FeatureCache(store=FeatureStore(tmp_path, 1 << 20))
+    assert not cache.has(tiny.family, tiny.model, a.key)
+    cached(tiny, cache, reader, [a])
+    assert cache.has(tiny.family, tiny.model, a.key) and not cache.has(tiny.family, tiny.model, b.key)
+    cache.clear()
+    assert cache.has(tiny.family, tiny.model, a.key)  # on disk
+    assert not FeatureCache().has(tiny.family, tiny.model, a.key)

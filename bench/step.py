@@ -31,7 +31,8 @@ from bench.head import NO_TIME
 from bench.measure import Deadline, environment, orders, peak_mib, synchronize, table, write
 from bench.steps.flops import work_of
 from bench.steps.shapes import SHAPES
-from bench.steps.sides import POLICIES, SIDES, Counts, Rig, Sections, Side
+from bench.steps.sides import SIDES, Counts, Rig, Sections, Side
+from tempo_fast.training.activations import POLICIES
 
 Row = dict[str, Any]
 BASELINE = "rows"

@@ -7,7 +7,8 @@ heads times head size, A pairs of a query and a key it sees, N answer tokens, D 
 
 LoRA needs 2·P·T forward and 2·P·T for the gradients of activations; attention two matmuls of 2·w per pair forward and
 four backward; a frozen head its logits and their way back. The adapters' own are left out. ``run`` adds what a policy
-computes again, 2·P·T + 4·L·w·A, and a live reference, as much and 2·N·V·D; all logits count B·T tokens for N.
+computes again (``full`` 2·P·T + 4·L·w·A, ``selective`` 2·P·T of the layers that widen), and a live reference, a forward
+and 2·N·V·D; all logits count B·T tokens for N.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ def linear_weights(module: nn.Module) -> int:
     )
 
 
+def widening_weights(module: nn.Module) -> int:
+    """Those of ``linear_weights`` that have more outputs than inputs: what ``selective`` multiplies by again."""
+    return sum(
+        m.weight.numel()
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear) and "lora_" not in name and m.out_features > m.in_features
+    )
+
+
 def vision_forward(model: nn.Module, grid: Grid) -> float:
     """Of Qwen's towers: patches through the blocks, merged ones through the merger, attention in frames or windows."""
     inner: Any = unwrap(model).model.visual
@@ -73,7 +83,7 @@ def work_of(rig: Rig, side: Side) -> Work:
     """FLOP of one step of a side, from the micro-batches it runs."""
     model = rig.bundle.model
     text: Any = unwrap(model).config.get_text_config()
-    p = linear_weights(unwrap(model).model.language_model)
+    p, wide = (count(unwrap(model).model.language_model) for count in (linear_weights, widening_weights))
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     attention = text.num_hidden_layers * text.num_attention_heads * head_dim
     head = 2.0 * text.vocab_size * text.hidden_size
@@ -93,6 +103,6 @@ def work_of(rig: Rig, side: Side) -> Work:
         vision = 0.0 if rig.cached_vision else sum(vision_forward(model, plan.grid) for plan in packed.plans)
         work.necessary += 2 * forward + 4.0 * attention * seen + vision + 2 * head * len(packed.labels)
         work.run += 2 * forward + 4.0 * attention * seen + vision + 2 * logits
-        work.run += forward if rig.policy == "full" else 0.0
+        work.run += {"none": 0.0, "selective": 2.0 * wide * tokens, "full": forward}[rig.policy]
         work.run += forward + logits if side.live else 0.0
     return work

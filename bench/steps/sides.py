@@ -25,6 +25,7 @@ from tempo_fast.models.load import Bundle
 from tempo_fast.reference.fill import reference_mode
 from tempo_fast.runtime.engine import make_train_engine
 from tempo_fast.runtime.ranks import Ranks
+from tempo_fast.training.activations import set_recompute
 from tempo_fast.training.adapters import trainable_parameters
 from tempo_fast.training.data import Item, branch_batch
 from tempo_fast.training.module import TrainModule
@@ -36,10 +37,6 @@ from tempo_kernels.head import HeadStatistics, head_statistics
 from tempo_kernels.objectives import make_objective
 
 SECTIONS = ("vision", "reference", "llm", "head", "optimizer", "other")
-POLICIES = ("full", "none")
-"""``full``: every layer's activations are computed again in the backward. ``none``: they are kept."""
-
-
 @dataclass(frozen=True)
 class Side:
     """``records`` of a micro-batch (0: one pair), trees or rows, a live reference or the cached one, all logits or
@@ -119,7 +116,7 @@ class Rig:
 
     Args:
         shape: which model, how long.
-        policy: one of POLICIES, of every side.
+        policy: of every side, as ``train.gradient_checkpointing``.
         cached_vision: features are in the cache before the step; else trees encode each video once, and rows each
             video once per row, as a processor that repeats it with its prompt makes a model do.
         attention: of the trees, as ``train.attention``.
@@ -136,8 +133,7 @@ class Rig:
         model: Any = self.bundle.model
         model.train()
         self.bundle.family.vision_tower(model).eval()
-        if policy == "full":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_recompute(model, policy)
         self.objective = make_objective("dpo", beta=0.1, sft_weight=1.0)
         self.module = TrainModule(model, self.family, self.objective, attention)  # type: ignore[arg-type]
         self.engine = make_train_engine(self.module, trainable_parameters(self.module), TrainConfig(), Ranks())

@@ -22,6 +22,7 @@ import argparse
 import gc
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -145,15 +146,6 @@ def report(rows: Sequence[Row]) -> str:
     return "\n\n".join([table(done, COLUMNS), table(split, ("case", "vision", "impl", *names)), "\n".join(lines)])
 
 
-def use_liger(rig: Rig) -> None:
-    """Liger's RMSNorm, SwiGLU and rotary embedding in the language model and tower, for every side."""
-    from liger_kernel.transformers import monkey_patch
-
-    kind = rig.bundle.config.model_type
-    patch = getattr(monkey_patch, f"apply_liger_kernel_to_{kind}")
-    patch(fused_linear_cross_entropy=False, model=rig.bundle.model.get_base_model())  # type: ignore[operator]
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=tuple(SHAPES), help="default: tiny on a CPU, 7b on CUDA")
@@ -179,6 +171,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--shape {args.shape} needs --device cuda")
     if args.liger and args.device != "cuda":
         parser.error("--liger: Liger's model kernels need --device cuda")
+    if args.liger and find_spec("liger_kernel") is None:
+        parser.error("--liger: liger-kernel is not installed")
     if min(args.rejected) < 1 or args.records < 1 or args.repetitions < 1:
         parser.error("--rejected, --records and --repetitions must be at least 1")
     return args
@@ -205,10 +199,8 @@ def main(arguments: list[str]) -> int:
     more = {"matmul_tflops": ceiling, "liger": args.liger}
     rig = Rig(
         SHAPES[args.shape], args.device, getattr(torch, args.dtype), policy=args.checkpointing, cached_vision=True,
-        attention=args.attention,
+        attention=args.attention, liger=args.liger,
     )  # fmt: skip
-    if args.liger:
-        use_liger(rig)
     for vision in args.vision:
         rig.cached_vision = vision == "cached"
         for rejected in args.rejected:

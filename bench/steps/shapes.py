@@ -16,6 +16,7 @@ from torch import Tensor
 from tempo_fast.config import LoraConfig
 from tempo_fast.models import get_family
 from tempo_fast.models.family import Grid, Prompt, Timing
+from tempo_fast.models.liger import apply_liger
 from tempo_fast.models.load import TINYWORLD_BASE, Bundle
 from tempo_fast.training.adapters import attach_lora
 from tempo_fast.training.data import Item
@@ -151,8 +152,9 @@ def make_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(TINYWORLD_BASE), local_files_only=True)
 
 
-def make_bundle(shape: Shape, device: str, dtype: torch.dtype) -> Bundle:
-    """A model of random weights on the device, with a LoRA whose two halves are random."""
+def make_bundle(shape: Shape, device: str, dtype: torch.dtype, liger: bool = False) -> Bundle:
+    """A model of random weights on the device, with a LoRA whose two halves are random; with Liger's kernels where they
+    are asked for (CUDA)."""
     from transformers import AutoModelForImageTextToText
 
     tokenizer = make_tokenizer()
@@ -162,6 +164,7 @@ def make_bundle(shape: Shape, device: str, dtype: torch.dtype) -> Bundle:
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     family, where = get_family(config.model_type), torch.device(device)
     model.requires_grad_(False)
+    apply_liger(model, liger, where)
     bundle = Bundle(model, tokenizer, family, config, family.geometry(config), where, dtype, f"random {shape.name}")
     attach_lora(bundle, shape.lora, seed=0)
     for name, parameter in bundle.model.named_parameters():

@@ -120,13 +120,22 @@ class Rig:
         cached_vision: features are in the cache before the step; else trees encode each video once, and rows each
             video once per row, as a processor that repeats it with its prompt makes a model do.
         attention: of the trees, as ``train.attention``.
+        liger: Liger's kernels in the text model, for every side, as ``train.liger_kernels``.
     """
 
     def __init__(
-        self, shape: Shape, device: str, dtype: torch.dtype, *, policy: str, cached_vision: bool, attention: str
+        self,
+        shape: Shape,
+        device: str,
+        dtype: torch.dtype,
+        *,
+        policy: str,
+        cached_vision: bool,
+        attention: str,
+        liger: bool = False,
     ) -> None:
         self.shape, self.device, self.policy, self.cached_vision = shape, device, policy, cached_vision
-        self.bundle: Bundle = make_bundle(shape, device, dtype)
+        self.bundle: Bundle = make_bundle(shape, device, dtype, liger)
         self.reader, self.cache = Reader(self.bundle.device, dtype), FeatureCache(max_bytes=1 << 34)
         self.family = _WatchedFamily(self.bundle.family)
         self.attention = attention

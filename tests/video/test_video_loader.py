@@ -1,4 +1,4 @@
-"""Decoding ahead: the same pixels in the same order with any number of workers, bounded, and no file holds up the rest."""
+"""Decoding ahead: the same pixels in the same order with any number of workers, bounded; no file holds up the rest."""
 
 from __future__ import annotations
 

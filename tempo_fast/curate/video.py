@@ -14,7 +14,7 @@ from tempo_fast.curate.keyframes import keyframes, sharpness
 from tempo_fast.curate.shots import Range, clean_shots, make_detector, middle
 from tempo_fast.errors import InputError
 from tempo_fast.schema import Clip, Clips
-from tempo_fast.video.decode import Decoder, open_decoder
+from tempo_fast.video.decode import Decoder, decoder_for, open_decoder
 from tempo_fast.video.decode_pyav import PyAVDecoder
 from tempo_fast.video.probe import VideoInfo, probe
 
@@ -45,6 +45,7 @@ def curate_video(path: str | os.PathLike[str], config: CurateConfig, reader_back
     """
     info = probe(path)
     decoder = open_decoder(reader_backend) if isinstance(reader_backend, str) else reader_backend
+    decoder = decoder_for(decoder, info)
     times = [*info.pts_s, info.duration_s]
     found, contrast, scores = _survey(info, decoder, config)
     shots = clean_shots(found, times, contrast, config)

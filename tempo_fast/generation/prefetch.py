@@ -6,22 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-
-class _Memory:
-    """A decoder over frames that are in memory already."""
-
-    def __init__(self, decoder: Any, frames: Tensor, indices: Sequence[int]) -> None:
-        self._decoder, self._frames = decoder, frames
-        self._row = {index: row for row, index in enumerate(indices)}
-
-    def decode(self, path: str, indices: Sequence[int]) -> Tensor:
-        return self._frames[torch.tensor([self._row[i] for i in indices])]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)
+from tempo_fast.video.decoder import pick
 
 
 def by_video(plans: Sequence[Any]) -> list[list[Any]]:
@@ -35,12 +20,13 @@ def by_video(plans: Sequence[Any]) -> list[list[Any]]:
 def shared_reader(reader: Any, plans: Sequence[Any]) -> Any:
     """A reader for these plans of one file, all their frames decoded in one pass.
 
-    The pixels are the reader's own: only its decoder is replaced, by one over the decoded frames.
+    The pixels are the reader's own: only its frames are picked from those in memory.
 
     Raises:
         InputError: the file cannot be decoded.
     """
     indices = sorted({i for plan in plans for i in plan.indices})
+    frames = reader.frames(reader.plan(plans[0].path, indices))
     shared = copy.copy(reader)
-    shared.decoder = _Memory(reader.decoder, reader.decoder.decode(plans[0].path, indices), indices)
+    shared.frames = lambda plan: pick(frames, indices, plan.indices)
     return shared

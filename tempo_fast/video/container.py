@@ -33,6 +33,8 @@ def check_file(path: str) -> None:
         raise DecodeError(f"{path}: is a folder, not a video file")
     if not os.path.exists(path):
         raise DecodeError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise DecodeError(f"{path}: is a pipe or a device, not a video file")
     try:
         size = os.path.getsize(path)
         if size == 0:
@@ -95,14 +97,17 @@ def _check_matroska(path: str, head: bytes, size: int) -> None:
 
 
 @contextmanager
-def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
+def open_video(path: str | os.PathLike[str], *, whole: bool = True) -> Iterator[tuple[Any, Any]]:
     """Yield (container, first real video stream). Every FFmpeg error inside the block becomes a DecodeError.
+
+    ``whole`` False also opens files that are visibly cut off.
 
     Raises:
         DecodeError: missing, empty, truncated, unreadable, or without a video stream.
     """
     path = os.fspath(path)
-    check_file(path)
+    if whole:
+        check_file(path)
     try:
         with av.open(path) as container:
             for stream in container.streams.video:

@@ -1,24 +1,19 @@
-"""The decoders behind one interface, and how one is chosen.
-
-Shapes: F frames asked for, H and W pixels as displayed (rotation applied).
-"""
+"""How a decoder is chosen: by name for a run, and by what the probe found for each file."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.video.container import DecodeError
+from tempo_fast.video.decoder import Decoder
+from tempo_fast.video.probe import VideoInfo
 
-__all__ = ["BACKENDS", "DecodeError", "Decoder", "available_backends", "open_decoder"]
+__all__ = ["BACKENDS", "DecodeError", "Decoder", "available_backends", "decoder_for", "open_decoder"]
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +27,6 @@ _INSTALL = {
 }
 
 
-class Decoder(Protocol):
-    """Stateless towards its caller: every call names its file."""
-
-    name: str
-    route: str
-    """How YUV becomes RGB; part of what identifies pixels, since decoders differ by several levels."""
-
-    def decode(self, path: str | os.PathLike[str], indices: Sequence[int]) -> Tensor:
-        """uint8 [F, H, W, 3] RGB in the order asked for, repeats allowed, each distinct frame decoded once.
-
-        Raises:
-            DecodeError: for anything that keeps a single one of the frames from being the right one.
-        """
-        ...
-
-
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(_NEEDS[name]) is not None
@@ -56,12 +35,17 @@ def _installed(name: str) -> bool:
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Backend -> "" when it can be opened here, else what is missing. For ``doctor``."""
+    """Backend -> "" when it can be opened here, else what is missing. For ``doctor`` and tests: loads each."""
     out = {}
     for name in BACKENDS:
         missing = "" if _installed(name) else _INSTALL[name]
         if not missing and name == "dali-gpu" and not torch.cuda.is_available():
             missing = "a CUDA device"
+        if not missing:
+            try:
+                open_decoder(name, device)
+            except InputError as e:
+                missing = str(e).removeprefix("video.backend: ")
         out[name] = missing
     return out
 
@@ -71,10 +55,30 @@ def _announce(name: str, why: str) -> None:
     log.info("video.backend auto: %s (%s)", name, why)
 
 
-def open_decoder(name: str, device: str | torch.device = "cpu") -> Decoder:
+@cache
+def _announce_other(name: str, why: str) -> None:
+    log.warning("video.backend %s: %s; such files are decoded by pyav", name, why)
+
+
+def decoder_for(decoder: Decoder, info: VideoInfo, timeout_s: float | None = None) -> Decoder:
+    """``decoder``, or PyAV's for a file that it refuses, said once per reason in the log."""
+    why = decoder.refuses(info)
+    if not why:
+        return decoder
+    _announce_other(decoder.name, why)
+    return open_decoder("pyav", timeout_s=timeout_s)
+
+
+def open_decoder(name: str, device: str | torch.device = "cpu", timeout_s: float | None = None) -> Decoder:
     """Open a decoder by name.
 
     ``auto`` is dali-gpu when ``device`` is CUDA and DALI is installed, else pyav; its choice is logged once.
+
+    Args:
+        name: ``auto`` or one of ``BACKENDS``.
+        device: where frames are wanted.
+        timeout_s: seconds that pyav may take for one file, looked at between frames; a call into the other libraries
+            cannot be ended.
 
     Raises:
         InputError: an unknown backend, or one that was asked for and is missing: never a silent switch.
@@ -93,7 +97,7 @@ def open_decoder(name: str, device: str | torch.device = "cpu") -> Decoder:
     if name == "pyav":
         from tempo_fast.video.decode_pyav import PyAVDecoder
 
-        return PyAVDecoder()
+        return PyAVDecoder(timeout_s)
     if name == "torchcodec":
         from tempo_fast.video.decode_torchcodec import TorchCodecDecoder
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import av
@@ -13,41 +14,65 @@ import torch
 from torch import Tensor
 
 from tempo_fast.video.container import DecodeError, open_video
-from tempo_fast.video.probe import VideoInfo, check_indices, display_transform, probe
+from tempo_fast.video.decoder import Item, one_by_one, pick
+from tempo_fast.video.display import display_transform
+from tempo_fast.video.probe import VideoInfo, check_indices, probe
+
+_Frames = Callable[[], Iterator[Any]]
 
 
 class PyAVDecoder:
     """Seeks to the keyframe before a frame and decodes on to its exact timestamp; counts frames from the start where
-    the probe found that timestamps cannot be trusted."""
+    the probe found that timestamps cannot be trusted (so that an edit list's hidden frames are never counted).
+
+    Args:
+        timeout_s: seconds that decoding one file may take, looked at between frames; None for no end.
+    """
 
     name = "pyav"
     route = "pyav/swscale"
 
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self.timeout_s = timeout_s
+
+    def refuses(self, info: VideoInfo) -> str:
+        """Nothing that the probe could read."""
+        return ""
+
     def decode(self, path: str | os.PathLike[str], indices: Sequence[int]) -> Tensor:
         """See ``Decoder.decode``."""
+        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         info = probe(path)
         wanted = check_indices(info, indices)
         distinct = sorted(set(wanted))
-        row = {index: k for k, index in enumerate(distinct)}
-        out: np.ndarray | None = None
-        for index, image in self.iterate(info, distinct):
-            if out is None:
-                out = np.empty((len(distinct), *image.shape), np.uint8)
-            out[row[index]] = image
-        assert out is not None
-        frames = torch.from_numpy(out)
-        return frames if wanted == distinct else frames[[row[i] for i in wanted]]
+        out = np.empty((len(distinct), info.height, info.width, 3), np.uint8)
+        for row, (_, image) in enumerate(self.iterate(info, distinct, deadline)):
+            out[row] = image
+        return pick(torch.from_numpy(out), distinct, wanted)
 
-    def iterate(self, info: VideoInfo, distinct: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (index, uint8 [H, W, 3]) for ascending distinct indices, one frame in memory at a time."""
+    def decode_many(self, items: Sequence[Item]) -> list[Tensor | DecodeError]:
+        """See ``Decoder.decode_many``."""
+        return one_by_one(self, items)
+
+    def iterate(
+        self, info: VideoInfo, distinct: Sequence[int], deadline: float | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (index, uint8 [H, W, 3]) for ascending distinct indices, one frame in memory at a time.
+
+        Raises:
+            DecodeError: a frame cannot be decoded exactly, or ``deadline`` (of ``time.monotonic``) has passed.
+        """
         last = -1
         with open_video(info.path) as (container, stream):
-            frames = (
-                self._seeking(info, distinct, container, stream)
-                if info.indexed
-                else self._counting(info, distinct, container, stream)
-            )
-            for index, frame in frames:
+
+            def decoded() -> Iterator[Any]:
+                for frame in container.decode(stream):
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise DecodeError(f"{info.path}: decoding took longer than {self.timeout_s:g} s")
+                    yield frame
+
+            find = self._seeking if info.indexed else self._counting
+            for index, frame in find(info, distinct, container, stream, decoded):
                 last = index
                 yield index, to_rgb(info, frame)
         if last != distinct[-1]:
@@ -55,10 +80,10 @@ class PyAVDecoder:
             raise DecodeError(f"{info.path}: frame {missing} cannot be decoded (the stream ends before it)")
 
     def _counting(
-        self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any
+        self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any, decoded: _Frames
     ) -> Iterator[tuple[int, Any]]:
         wanted = set(distinct)
-        for i, frame in enumerate(container.decode(stream)):
+        for i, frame in enumerate(decoded()):
             if i in wanted:
                 if frame.is_corrupt:
                     raise DecodeError(f"{info.path}: frame {i} is damaged")
@@ -67,7 +92,7 @@ class PyAVDecoder:
                 return
 
     def _seeking(
-        self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any
+        self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any, decoded: _Frames
     ) -> Iterator[tuple[int, Any]]:
         frames: Iterator[Any] = iter(())
         at, from_start = -1, False  # the last frame number that came out; -1: nothing yet
@@ -76,7 +101,7 @@ class PyAVDecoder:
             # A seek that lands after the frame shows in the timestamps below; one that lands before costs only time.
             container.seek(seek_tick, stream=stream)
             stream.codec_context.flush_buffers()
-            return container.decode(stream)
+            return decoded()
 
         for index in distinct:
             k = max(0, bisect.bisect_right(info.keyframes, index) - 1)
@@ -112,6 +137,7 @@ class PyAVDecoder:
 
 def to_rgb(info: VideoInfo, frame: Any) -> np.ndarray:
     """uint8 [H, W, 3] as displayed. Raises DecodeError when the picture size changes inside the file."""
+    # each frame's own matrix, which a stream can change
     image = display_transform(info.path, frame).apply(frame.to_ndarray(format="rgb24"))
     if image.shape[:2] != (info.height, info.width):
         raise DecodeError(

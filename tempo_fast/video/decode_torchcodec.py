@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.video.container import DecodeError, reason
-from tempo_fast.video.probe import check_indices, probe
+from tempo_fast.video.decoder import Item, check_refused, one_by_one, pick
+from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
 
 class TorchCodecDecoder:
-    """Exact seek mode; every frame's timestamp is held against the probe's, since torchcodec's frame numbers go wrong
-    where a container hides packets. Such files are refused. It applies quarter turns itself, mirror images it does not,
-    so those are refused too."""
+    """Exact seek mode; every frame's timestamp must be the nearest to the probe's, since torchcodec's frame numbers go
+    wrong where a container hides packets. It applies quarter turns itself, mirror images it does not."""
 
     name = "torchcodec"
     route = "torchcodec"
@@ -29,13 +30,25 @@ class TorchCodecDecoder:
             ) from e
         self._open = VideoDecoder
 
+    def refuses(self, info: VideoInfo) -> str:
+        """See ``Decoder.refuses``."""
+        if info.has_edit_list:
+            return "torchcodec counts the frames that an edit list hides"
+        if info.mirrored:
+            return "torchcodec does not mirror pictures"
+        if info.video_streams > 1:
+            return "torchcodec may take another of several video streams"
+        return ""
+
+    def decode_many(self, items: Sequence[Item]) -> list[Tensor | DecodeError]:
+        """See ``Decoder.decode_many``."""
+        return one_by_one(self, items)
+
     def decode(self, path: str | os.PathLike[str], indices: Sequence[int]) -> Tensor:
         """See ``Decoder.decode``."""
         info = probe(path)
         wanted = check_indices(info, indices)
-        if info.has_edit_list or info.mirrored:
-            what = "its edit list hides frames" if info.has_edit_list else "it is shown mirrored"
-            raise DecodeError(f"{info.path}: {what}, which torchcodec gets wrong; use video.backend pyav")
+        check_refused(self, info)
         distinct = sorted(set(wanted))
         try:
             video = self._open(info.path, dimension_order="NHWC", seek_mode="exact")
@@ -47,12 +60,11 @@ class TorchCodecDecoder:
             start = float(video.metadata.begin_stream_seconds_from_content or 0.0)
         except (RuntimeError, ValueError, IndexError) as e:
             raise DecodeError(f"{info.path}: torchcodec cannot decode it ({reason(e)})") from e
-        tolerance = 0.4 * info.duration_s / info.n_frames
+        times = np.asarray(info.pts_s)
         for index, seconds in zip(distinct, batch.pts_seconds.tolist(), strict=True):
-            if abs(seconds - start - info.pts_s[index]) > tolerance:
+            if np.abs(times - (seconds - start)).argmin() != index:
                 raise DecodeError(f"{info.path}: torchcodec gave another frame for frame {index}")
         frames = batch.data
         if tuple(frames.shape[1:3]) != (info.height, info.width):
             raise DecodeError(f"{info.path}: torchcodec gave {tuple(frames.shape[1:3])} pixels, not its displayed size")
-        row = {index: k for k, index in enumerate(distinct)}
-        return frames if wanted == distinct else frames[[row[i] for i in wanted]]
+        return pick(frames, distinct, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from typing import Any
 import numpy as np
 
 from tempo_fast.files import file_digest
-from tempo_fast.video.container import DecodeError, open_video
+from tempo_fast.video.container import DecodeError, check_file, open_video
+from tempo_fast.video.display import DisplayTransform, display_transform
+from tempo_fast.video.packets import Packet, codec_name, dense_keyframes, open_gop, read_packet, trustworthy
 
-__all__ = ["DecodeError", "VideoInfo", "display_transform", "probe"]
+__all__ = ["DecodeError", "VideoInfo", "check_indices", "content_digest", "probe"]
 
-# One packet is one presented frame in these, as long as nothing below speaks against it.
-_ONE_TO_ONE = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d", "mjpeg"}
+_EDGE = 1 << 15
+# ITU-T H.273; FFmpeg's numbers are its code points
 _COLOR_SPACE = {0: "rgb", 1: "bt709", 2: "unspecified", 5: "bt601", 6: "bt601", 9: "bt2020"}
+_PRIMARIES = {1: "bt709", 2: "unspecified", 5: "bt601-625", 6: "bt601-525", 9: "bt2020", 12: "display-p3"}
+_TRANSFER = {1: "bt709", 2: "unspecified", 6: "bt601", 13: "srgb", 14: "bt2020", 16: "pq", 18: "hlg"}
 _COLOR_RANGE = {0: "unspecified", 1: "limited", 2: "full"}
 
 
@@ -27,33 +32,54 @@ class VideoInfo:
     """Facts about one file. Frames are presented frames, counted from 0 in order of presentation.
 
     ``pts_s`` seconds from the first presented frame, ascending; ``fps`` the average rate (frames / duration, or the
-    container's when they agree); ``width`` and ``height`` in pixels after the display rotation; ``rotation`` in degrees
-    clockwise (0, 90, 180, 270), ``mirrored`` when the display matrix also flips; ``has_edit_list`` is true when the
-    container hides packets from presentation; ``vfr`` when frame gaps differ by more than the container's rounding.
+    container's when they agree); ``width`` and ``height`` in pixels after ``display``, which turns stored pixels into
+    displayed ones; ``has_edit_list`` is true when the container hides packets from presentation; ``vfr`` when frame
+    gaps differ by more than the container's rounding; ``profile`` as FFmpeg names it, "" where it has none; the colours
+    as the stream states them, else "unspecified".
 
     For the decoder: ``ticks`` are the presentation times in stream units (empty when frames must be counted by decoding
-    from the start), ``keyframes`` the frame numbers where decoding can start, ``seek_ticks`` their decode times.
+    from the start), ``keyframes`` the frame numbers where decoding can start, ``seek_ticks`` their decode times;
+    ``video_streams`` counts cover art too; ``open_gop``, ``dense_keyframes`` as in ``packets``; ``shows_again`` when
+    packets show an earlier picture and code none.
     """
 
     path: str
     digest: str
     codec: str
+    profile: str
+    pix_fmt: str
     n_frames: int
     fps: float
     duration_s: float
     pts_s: tuple[float, ...]
     width: int
     height: int
-    rotation: int
-    mirrored: bool
+    display: DisplayTransform
     has_audio: bool
     has_edit_list: bool
+    interlaced: bool
     vfr: bool
     color_space: str
     color_range: str
+    color_primaries: str
+    color_transfer: str
+    video_streams: int
+    open_gop: bool
+    dense_keyframes: bool
+    shows_again: bool
     ticks: tuple[int, ...] = ()
     keyframes: tuple[int, ...] = ()
     seek_ticks: tuple[int, ...] = ()
+
+    @property
+    def rotation(self) -> int:
+        """Degrees clockwise: 0, 90, 180, 270."""
+        return self.display.clockwise
+
+    @property
+    def mirrored(self) -> bool:
+        """The display matrix flips the picture too."""
+        return self.display.mirrored
 
     @property
     def indexed(self) -> bool:
@@ -62,58 +88,81 @@ class VideoInfo:
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Probe a file; cached on (path, size, mtime).
+    """Probe a file; kept in memory for (path, size, mtime, digest of the file's two ends).
 
     Raises:
         DecodeError: missing, empty, truncated, damaged, not a video, audio only, or an odd display matrix.
     """
     path = os.fspath(path)
+    return _probe(path, *_stamp(path))
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a file's bytes, read once for as long as the file stays the same. Raises DecodeError."""
+    path = os.fspath(path)
+    return _content_digest(path, *_stamp(path))
+
+
+def _stamp(path: str) -> tuple[int, int, str]:
+    """Size, time of change, and a digest of both ends, for files that are rewritten within a tick of the clock."""
     try:
+        if not os.path.isfile(path):
+            check_file(path)
         stat = os.stat(path)
+        with open(path, "rb") as f:
+            ends = hashlib.sha256(f.read(_EDGE))
+            f.seek(max(0, stat.st_size - _EDGE))
+            ends.update(f.read(_EDGE))
     except OSError as e:
-        what = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})"
-        raise DecodeError(f"{path}: {what}") from e
-    return _probe(path, stat.st_size, stat.st_mtime_ns)
+        raise DecodeError(f"{path}: cannot be read ({e.strerror})") from e
+    return stat.st_size, stat.st_mtime_ns, ends.hexdigest()
 
 
-@lru_cache(maxsize=1024)
-def _probe(path: str, size: int, mtime_ns: int) -> VideoInfo:
+# Small, and dear to make again: it outlives the infos, of which an hour of video fills several megabytes.
+@lru_cache(maxsize=1 << 16)
+def _content_digest(path: str, size: int, mtime_ns: int, ends: str) -> str:
+    return file_digest(path)
+
+
+@lru_cache(maxsize=512)
+def _probe(path: str, size: int, mtime_ns: int, ends: str) -> VideoInfo:
     with open_video(path) as (container, stream):
-        packets = _packets(path, container, stream)
-        if not packets:
-            raise DecodeError(f"{path}: its video stream is empty")
-        hidden = any(p.is_discard for p in packets)
+        codec = codec_name(stream.codec_context.name)
+        packets, first = _demux(path, codec, container, stream)
+        display = display_transform(path, first)
         stated = float(stream.average_rate or stream.guessed_rate or 25)
-        gap = 1.0 / stated
         unit = float(stream.time_base)
-        codec, has_audio = stream.codec_context.name, bool(container.streams.audio)
-        tail = float(packets[-1].duration or 0) * unit
+        facts = {
+            "codec": codec,
+            "profile": stream.profile or "",
+            "pix_fmt": first.format.name,
+            "has_audio": bool(container.streams.audio),
+            "video_streams": len(container.streams.video),
+            "interlaced": bool(first.interlaced_frame),
+            "color_space": _named(_COLOR_SPACE, first.colorspace),
+            "color_range": _named(_COLOR_RANGE, first.color_range),
+            "color_primaries": _named(_PRIMARIES, first.color_primaries),
+            "color_transfer": _named(_TRANSFER, first.color_trc),
+        }
+        height, width = display.size(first.height, first.width)
 
-    with open_video(path) as (container, stream):
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise DecodeError(f"{path}: no frame can be decoded")
-        transform = display_transform(path, first)
-        height, width = (first.width, first.height) if transform.swap else (first.height, first.width)
-        color = _COLOR_SPACE.get(int(first.colorspace), str(int(first.colorspace)))
-        color_range = _COLOR_RANGE.get(int(first.color_range), "unspecified")
-        interlaced = bool(first.interlaced_frame)
-
+    gap = 1.0 / stated
     ticks: tuple[int, ...] = ()
     keyframes: tuple[int, ...] = ()
     seek_ticks: tuple[int, ...] = ()
-    if not hidden and not interlaced and _trustworthy(codec, packets):
-        by_time = sorted(packets, key=lambda p: p.pts)
-        ticks = tuple(p.pts for p in by_time)
-        keys = [(i, p) for i, p in enumerate(by_time) if p.is_keyframe]
+    if not facts["interlaced"] and trustworthy(codec, packets):
+        by_time = sorted(packets, key=lambda p: p.pts)  # type: ignore[arg-type, return-value]
+        ticks = tuple(p.pts for p in by_time)  # type: ignore[misc]
+        keys = [(i, p) for i, p in enumerate(by_time) if p.keyframe]
         keyframes = tuple(i for i, _ in keys)
-        seek_ticks = tuple(p.pts if p.dts is None else p.dts for _, p in keys)
+        seek_ticks = tuple(p.pts if p.dts is None else p.dts for _, p in keys)  # type: ignore[misc]
         times = [(t - ticks[0]) * unit for t in ticks]
     else:
         times = _decoded_times(path, gap)
 
     gaps = np.diff(times)
     if len(gaps):
+        tail = float(packets[-1].duration or 0) * unit
         gap = tail if tail > 0 else float(median(gaps.tolist()))
     duration = times[-1] + gap
     fps = len(times) / duration
@@ -121,50 +170,47 @@ def _probe(path: str, size: int, mtime_ns: int) -> VideoInfo:
         fps = stated  # millisecond timestamps make 30.005 of 30, and a floor in the sampling rule then loses frames
     return VideoInfo(
         path=path,
-        digest=file_digest(path),
-        codec=codec,
+        digest=_content_digest(path, size, mtime_ns, ends),
         n_frames=len(times),
         fps=fps,
         duration_s=duration,
         pts_s=tuple(times),
         width=width,
         height=height,
-        rotation=transform.clockwise,
-        mirrored=transform.mirrored,
-        has_audio=has_audio,
-        has_edit_list=hidden,
+        display=display,
+        has_edit_list=any(p.hidden for p in packets),
         vfr=bool(len(gaps) and float(gaps.max() - gaps.min()) > 2.5 * unit + 1e-6),
-        color_space=color,
-        color_range=color_range,
+        open_gop=open_gop(packets),
+        dense_keyframes=dense_keyframes(packets),
+        shows_again=not all(p.coded for p in packets),
         ticks=ticks,
         keyframes=keyframes,
         seek_ticks=seek_ticks,
+        **facts,
     )
 
 
-def _packets(path: str, container: Any, stream: Any) -> list[Any]:
-    packets: list[Any] = []
+def _named(names: dict[int, str], value: Any) -> str:
+    return names.get(int(value), str(int(value)))
+
+
+def _demux(path: str, codec: str, container: Any, stream: Any) -> tuple[list[Packet], Any]:
+    """All packets, and the first frame presented."""
+    packets: list[Packet] = []
+    first = None
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DecodeError(f"{path}: is truncated or damaged (packet {len(packets)} is incomplete)")
-        if packet.size:
-            packets.append(packet)
-        elif packet.dts is not None or packet.pts is not None:
-            packets.append(packet)  # a frame of zero bytes: repeats the one before it in some containers
-    return packets
-
-
-def _trustworthy(codec: str, packets: list[Any]) -> bool:
-    """Whether the packets' timestamps are exactly the presented frames' timestamps."""
-    times = [p.pts for p in packets]
-    return (
-        codec in _ONE_TO_ONE
-        and None not in times
-        and len(set(times)) == len(times)
-        and all(p.size for p in packets)
-        and packets[0].is_keyframe
-        and min(times) == times[0]  # pictures shown before the first keyframe may not be decodable
-    )
+        # of zero bytes with a time: repeats the frame before it in some containers; without: the end
+        if packet.size or packet.dts is not None or packet.pts is not None:
+            packets.append(read_packet(codec, packet))
+        if first is None:
+            first = next(iter(packet.decode()), None)
+    if not packets:
+        raise DecodeError(f"{path}: its video stream is empty")
+    if first is None:
+        raise DecodeError(f"{path}: no frame can be decoded")
+    return packets, first
 
 
 def _decoded_times(path: str, gap: float) -> list[float]:
@@ -182,60 +228,6 @@ def _decoded_times(path: str, gap: float) -> list[float]:
     if any(b <= a for a, b in zip(times, times[1:], strict=False)):
         times = [i * gap for i in range(len(times))]
     return times
-
-
-@dataclass(frozen=True)
-class DisplayTransform:
-    """How stored pixels become displayed pixels: swap the axes, then flip columns, then rows."""
-
-    swap: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    @property
-    def clockwise(self) -> int:
-        """The rotation part in degrees clockwise (mirrored pictures: of the nearest rotation)."""
-        if self.swap:
-            return 90 if self.flip_x else 270 if self.flip_y else 90
-        return 180 if self.flip_x and self.flip_y else 0
-
-    @property
-    def mirrored(self) -> bool:
-        """Not a pure rotation."""
-        return self.swap ^ self.flip_x ^ self.flip_y
-
-    def apply(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] as stored -> as displayed."""
-        if self.swap:
-            image = image.transpose(1, 0, 2)
-        if self.flip_x:
-            image = image[:, ::-1]
-        if self.flip_y:
-            image = image[::-1]
-        return image
-
-
-def display_transform(path: str, frame: Any) -> DisplayTransform:
-    """The frame's display matrix (a b u, c d v, x y w: x' = a x + c y, y' = b x + d y) as axis swap and flips.
-
-    Raises:
-        DecodeError: the matrix turns the picture by something else than quarter turns.
-    """
-    if not frame.rotation and not len(frame.side_data):
-        return DisplayTransform()
-    from av.sidedata.sidedata import Type
-
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
-    if data is None:
-        return DisplayTransform()
-    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
-    if b == c == 0 and a and d:
-        return DisplayTransform(False, a < 0, d < 0)
-    if a == d == 0 and b and c:
-        return DisplayTransform(True, c < 0, b < 0)
-    raise DecodeError(
-        f"{path}: its display matrix turns the picture by {frame.rotation} degrees; only quarter turns work"
-    )
 
 
 def check_indices(info: VideoInfo, indices: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from tempo_fast.config import VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest
 from tempo_fast.models.family import Grid, Timing, VideoGeometry
-from tempo_fast.video.decode import open_decoder
+from tempo_fast.video.container import DecodeError
+from tempo_fast.video.decode import decoder_for, open_decoder
+from tempo_fast.video.decoder import Decoder, pick
 from tempo_fast.video.preprocess import fit, to_patches
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_max_pixels
@@ -28,8 +31,8 @@ class FramePlan:
     """What will be read: everything that decides the pixels, before any is decoded.
 
     ``indices`` frame numbers in the order shown; ``timestamps`` seconds, ascending; ``fps`` frames over the seconds
-    they stand for; ``height`` and ``width`` pixels after resizing; ``rule`` sampling, resize, decoder and colour route
-    and pixel budget, as text.
+    they stand for; ``height`` and ``width`` pixels after resizing; ``rule`` sampling, resize, the decoder and colour
+    route really used for this file, and pixel budget, as text.
     """
 
     path: str
@@ -56,23 +59,33 @@ class FramePlan:
 
 
 class VideoReader:
-    """Plans and reads videos by one configuration and one model geometry.
+    """Plans and reads videos by one configuration and one model geometry. Several threads may share it.
+
+    A file that the decoder refuses (``Decoder.refuses``) is decoded by PyAV.
 
     Args:
         config: sampling rule, rates and pixel budget.
         geometry: the model family's patches.
         device: where frames are resized and patches land.
+        timeout_s: as ``open_decoder``'s.
 
     Raises:
         InputError: the decoder asked for is missing.
     """
 
-    def __init__(self, config: VideoConfig, geometry: VideoGeometry, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        config: VideoConfig,
+        geometry: VideoGeometry,
+        device: str | torch.device = "cpu",
+        timeout_s: float | None = None,
+    ) -> None:
         self.config = config
         self.geometry = geometry
         self.device = torch.device(device)
         self.sampling = geometry.sampling if config.sampling == "auto" else config.sampling
-        self.decoder = open_decoder(config.backend, self.device)
+        self.timeout_s = timeout_s
+        self.decoder = open_decoder(config.backend, self.device, timeout_s)
 
     def info(self, path: str | os.PathLike[str]) -> VideoInfo:
         """The file's facts (cached). Raises DecodeError."""
@@ -120,12 +133,40 @@ class VideoReader:
 
     def frames(self, plan: FramePlan) -> Tensor:
         """uint8 [F, H, W, 3] at native size, on the decoder's device. Raises DecodeError."""
-        self._check_unchanged(plan)
-        return self.decoder.decode(plan.path, plan.indices)
+        (out,) = self.frames_many([plan])
+        if isinstance(out, DecodeError):
+            raise out
+        return out
 
-    def pixels(self, plan: FramePlan) -> Tensor:
-        """float32 [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
-        return to_patches(self.resized(plan), self.geometry)
+    def frames_many(self, plans: Sequence[FramePlan]) -> list[Tensor | DecodeError]:
+        """``frames`` of each plan, in order, a failure as a value in its place.
+
+        Plans of one file share one decode of all their frames, and are picked from it on the decoder's device: so the
+        clean and the perturbed video cost what one of them costs.
+        """
+        out: list[Any] = [None] * len(plans)
+        files: dict[str, list[int]] = {}
+        for k, plan in enumerate(plans):
+            files.setdefault(plan.path, []).append(k)
+        jobs: dict[str, tuple[Decoder, list[tuple[str, list[int]]]]] = {}
+        for path, places in files.items():
+            try:
+                decoder = self._decoder_of(path, [plans[k].digest for k in places])
+            except DecodeError as e:
+                for k in places:
+                    out[k] = e
+                continue
+            together = sorted({i for k in places for i in plans[k].indices})
+            jobs.setdefault(decoder.name, (decoder, []))[1].append((path, together))
+        for decoder, items in jobs.values():
+            for (path, together), frames in zip(items, decoder.decode_many(items), strict=True):
+                for k in files[path]:
+                    out[k] = frames if isinstance(frames, DecodeError) else pick(frames, together, plans[k].indices)
+        return out
+
+    def pixels(self, plan: FramePlan, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``dtype`` [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
+        return to_patches(self.resized(plan), self.geometry, dtype)
 
     def resized(self, plan: FramePlan) -> Tensor:
         """uint8 [F, plan.height, plan.width, 3] on the reader's device: what the model sees. Raises DecodeError."""
@@ -167,9 +208,10 @@ class VideoReader:
     def _make(self, info: VideoInfo, indices: Sequence[int], times: Sequence[float], fps: float) -> FramePlan:
         c, g = self.config, self.geometry
         h, w, size = self._size(info, len(indices))
+        decoder = decoder_for(self.decoder, info, self.timeout_s)
         rule = (
-            f"sampling={self.sampling};fps={c.fps:g};resize=bicubic-antialias-u8;decoder={self.decoder.name};"
-            f"color={self.decoder.route}:{info.color_space}:{info.color_range};"
+            f"sampling={self.sampling};fps={c.fps:g};resize=bicubic-antialias-u8;decoder={decoder.name};"
+            f"color={decoder.route}:{info.color_space}:{info.color_range};"
             f"pixels={size};patch={g.patch}x{g.merge}x{g.temporal}"
         )
         return FramePlan(
@@ -196,7 +238,8 @@ class VideoReader:
             raise InputError(f"{info.path}: {e}") from e
         return h, w, f"{c.min_pixels}..{budget}"
 
-    @staticmethod
-    def _check_unchanged(plan: FramePlan) -> None:
-        if probe(plan.path).digest != plan.digest:
-            raise InputError(f"{plan.path}: the file has changed since it was planned")
+    def _decoder_of(self, path: str, digests: Sequence[str]) -> Decoder:
+        info = probe(path)
+        if any(d != info.digest for d in digests):
+            raise DecodeError(f"{path}: the file has changed since it was planned")
+        return decoder_for(self.decoder, info, self.timeout_s)

@@ -73,9 +73,9 @@ def test_repeated_frames_are_decoded_once(plain, monkeypatch):
     seen: list[int] = []
     iterate = PyAVDecoder.iterate
 
-    def spy(self, info, distinct):
+    def spy(self, info, distinct, deadline=None):
         seen.extend(distinct)
-        return iterate(self, info, distinct)
+        return iterate(self, info, distinct, deadline)
 
     monkeypatch.setattr(PyAVDecoder, "iterate", spy)
     PyAVDecoder().decode(plain, [5, 3, 5, 5, 40, 3])

@@ -1,0 +1,184 @@
+"""Worker processes that may crash or hang: what that happens on is known by name, and the rest goes on.
+
+``concurrent.futures`` gives up the whole pool when a worker dies and cannot stop one that hangs. Here every worker has
+its own pipe and never more than one job, so that a dead or late worker names its job.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tempo_fast.errors import InputError
+
+JOBS_PER_PROCESS = 50
+"""A worker is replaced after so many jobs: what libraries keep in memory goes with it."""
+_POLL_S = 0.1
+_KILL_S = 5.0
+_NONE = object()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``value`` is what the job returned, or its last ``report`` where ``failure`` says that it never returned:
+    "timeout", or "crash" with the process's ``exitcode`` (negative: the signal)."""
+
+    value: Any = None
+    failure: str = ""
+    exitcode: int = 0
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    job: Any
+    ready: bool = False
+    jobs: int = 0
+    deadline: float = math.inf
+    value: Any = None
+
+
+def run_isolated(
+    function: Callable[..., Any],
+    jobs: Iterable[Any],
+    *,
+    workers: int,
+    timeout: Callable[[Any], float],
+    shared: Any = None,
+    check: Callable[[], None] = lambda: None,
+    preload: Sequence[str] = (),
+) -> Iterator[tuple[Any, Outcome]]:
+    """Yield (job, outcome) as jobs finish. Closing the iterator kills what is running.
+
+    Args:
+        function: called in a worker as ``function(job, shared, report)``; importable by name, as by pickle. ``report``
+            takes a preliminary value, kept in case the job is cut short.
+        jobs: picklable; taken one at a time, when a worker is free.
+        workers: processes, at least 1.
+        timeout: seconds a job may take, from its start in the worker.
+        shared: picklable, given to every job.
+        check: called ten times a second and more; may raise to stop.
+        preload: modules that workers need, imported once and inherited by all (where processes can be forked).
+
+    Raises:
+        InputError: a worker cannot start; and whatever ``function`` raises.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if preload and "forkserver" in methods:
+        context.set_forkserver_preload(list(preload))
+    queue = iter(jobs)
+    crew: list[_Worker] = []
+    try:
+        while True:
+            check()
+            # the job is taken first: no worker starts for nothing
+            while len(crew) < workers and (job := next(queue, _NONE)) is not _NONE:
+                crew.append(_start(context, function, shared, job))
+            if not crew:
+                return
+            soonest = min(w.deadline for w in crew) - time.monotonic()
+            readable = set(wait([w.pipe for w in crew], max(0.0, min(_POLL_S, soonest))))
+            for worker in list(crew):
+                outcome = _attend(worker, worker.pipe in readable, timeout)
+                if outcome is None:
+                    continue
+                job = worker.job
+                spent = outcome.failure or worker.jobs >= JOBS_PER_PROCESS
+                worker.job = _NONE if spent else next(queue, _NONE)
+                if worker.job is _NONE:
+                    crew.remove(worker)
+                    _end(worker)
+                else:
+                    _send_job(worker, timeout)
+                yield job, outcome
+    finally:
+        for worker in crew:
+            worker.process.kill()
+        for worker in crew:
+            _end(worker)
+
+
+def _start(context: Any, function: Callable[..., Any], shared: Any, job: Any) -> _Worker:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, function, shared), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours, job)
+
+
+def _send_job(worker: _Worker, timeout: Callable[[Any], float]) -> None:
+    worker.value, worker.jobs = None, worker.jobs + 1
+    worker.deadline = time.monotonic() + timeout(worker.job)
+    try:
+        worker.pipe.send(worker.job)
+    except OSError:  # it died since its last job; found when its pipe is read
+        pass
+
+
+def _attend(worker: _Worker, readable: bool, timeout: Callable[[Any], float]) -> Outcome | None:
+    """What became of the worker's job, or None while it runs."""
+    if not readable:
+        return Outcome(worker.value, "timeout") if time.monotonic() > worker.deadline else None
+    try:
+        kind, value = worker.pipe.recv()
+    except (EOFError, OSError):
+        worker.process.join(_KILL_S)
+        code = worker.process.exitcode or 0
+        if not worker.ready:
+            raise InputError(f"a worker process cannot start (exit code {code}); fewer may fit into memory") from None
+        return Outcome(worker.value, "crash", code)
+    if kind == "ready":
+        worker.ready = True
+        _send_job(worker, timeout)
+    elif kind == "report":
+        worker.value = value
+    elif kind == "done":
+        return Outcome(value)
+    else:
+        error, text = value
+        raise error from RuntimeError(f"in a worker process:\n{text}")
+    return None
+
+
+def _end(worker: _Worker) -> None:
+    """Let a worker go. One that even SIGKILL does not end (its disk does not answer) is left behind."""
+    worker.pipe.close()
+    worker.process.kill()
+    worker.process.join(_KILL_S)
+
+
+def _work(pipe: Connection, function: Callable[..., Any], shared: Any) -> None:
+    # Ctrl-C goes to every process of a terminal; the parent alone decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    try:
+        pipe.send(("ready", None))
+        while True:
+            job = pipe.recv()
+            try:
+                result = "done", function(job, shared, lambda value: pipe.send(("report", value)))
+            except Exception as e:
+                result = "error", (e, traceback.format_exc())
+            pipe.send(result)
+    except (EOFError, OSError):  # the parent has closed its end
+        return
+
+
+def _follow_parent() -> None:
+    """A worker whose parent was killed ends at once, in the middle of a job."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

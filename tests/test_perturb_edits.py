@@ -193,9 +193,17 @@ def test_splice_shows_another_video(n: int, r: int, seed: int, more: int) -> Non
     assert all(order[k] == k for k in range(n) if k not in foreign)
 
 
-def test_splice_draws_from_the_whole_other_video() -> None:
-    shown = {i for seed in range(200) for i in draw("splice", 6, 2, seed, 9).order if i >= 6}
-    assert shown == set(range(6, 15))
+@pytest.mark.parametrize(
+    ("kind", "ways"),
+    [
+        ("speed", 2 * 7),  # s = 2: six units in a row of twelve, faster or slower first
+        ("freeze", 6),  # the unit held and the six after it
+        ("repeat", 5 + 4 + 3 + 2 + 1),  # two to six units that end before the seventh
+        ("splice", 7 * 3),  # where it begins, and where in the eight units of the other video
+    ],
+)
+def test_every_place_is_drawn(kind: str, ways: int) -> None:
+    assert len({draw(kind, 12, 2, seed, 8).order for seed in range(500)}) == ways
 
 
 @pytest.mark.parametrize("kind", EDITS)

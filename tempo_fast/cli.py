@@ -79,7 +79,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _how_to_resume(what: str, words: Sequence[str]) -> str:
-    if not words or words[0] not in _CONFIG_VERBS:
+    if "resume" not in what and (not words or words[0] not in _CONFIG_VERBS):
         return f"{what}; nothing half-written is left, start it again"
     what = what if "resume" in what else f"{what}; finished work is kept, resume with"
     return f"{what}: tempo-fast {shlex.join(words)}"
@@ -204,14 +204,30 @@ def _merge(words: list[str]) -> None:
 
 def _scan(words: list[str]) -> None:
     parser = _Parser("tempo-fast scan", description=_PLAIN_VERBS["scan"])
-    parser.add_argument("videos", help="folder, glob, or text file with one path a line")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a video")
+    parser.add_argument("videos", help="folder, glob, text file with one path a line, or JSON lines that name videos")
+    parser.add_argument("--out", "--json", type=Path, metavar="FILE.jsonl", help="keep one JSON object a video")
+    parser.add_argument("--fresh", action="store_true", help="scan again what FILE.jsonl already holds")
     parser.add_argument("--recipe", default="", help="recipe whose video section decides frames and tokens")
-    parser.add_argument("--quick", action="store_true", help="read the index only, decode nothing")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 is one per core (0)")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds that one file may take (60)")
+    parser.add_argument(
+        "--decode", choices=("none", "sampled", "all"), default="sampled",
+        help="none; some of the sampled frames and the last (default); all frames, which finds damage in the middle",
+    )  # fmt: skip
+    parser.add_argument("--no-decode", "--quick", dest="decode", action="store_const", const="none", help="as none")
+    parser.add_argument("--fix", type=Path, metavar="DIR", help="write repaired copies, and videos.txt, into DIR")
+    parser.add_argument("--gop", type=int, default=48, metavar="N", help="keyframe interval of re-encoded copies (48)")
+    parser.add_argument("--max-gop", type=int, default=250, metavar="N", help="re-encode beyond this interval (250)")
     args, overrides = parser.parse_known_args(words)
-    from tempo_fast.scan import scan_command
+    if args.workers < 0 or not 0 < args.timeout < float("inf") or args.gop < 1 or args.max_gop < args.gop:
+        raise InputError("tempo-fast scan: needs --workers >= 0, --timeout > 0 and 1 <= --gop <= --max-gop")
+    from tempo_fast.scan import Options, scan_command
 
-    scan_command(args.videos, recipe=args.recipe, overrides=overrides, out=args.json, decode=not args.quick)
+    options = Options(
+        out=args.out, fresh=args.fresh, workers=args.workers, timeout_s=args.timeout, decode=args.decode, fix=args.fix,
+        gop=args.gop, max_gop=args.max_gop,
+    )  # fmt: skip
+    scan_command(args.videos, options, recipe=args.recipe, overrides=overrides)
 
 
 def _tinyworld(words: list[str]) -> None:

@@ -1,70 +1,253 @@
-"""``tempo-fast scan``: which videos of a folder can be read, and what each costs in frames and tokens."""
+"""The command: find the videos, scan them in worker processes, repair what wants it, tell what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tempo_fast.config import VideoConfig
-from tempo_fast.errors import InputError
-from tempo_fast.files import write_jsonl
+from tempo_fast.config import TrainConfig, VideoConfig
+from tempo_fast.errors import InputError, Interrupted
+from tempo_fast.files import digest, write_atomic, write_json, writing
 from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, VideoGeometry
+from tempo_fast.scan.pool import Outcome, run_isolated
+from tempo_fast.scan.rows import Row, RowFile
+from tempo_fast.scan.sources import find_videos
+from tempo_fast.scan.summary import Summary
+
+if TYPE_CHECKING:
+    from tempo_fast.scan.row import Decode, Job, Shared
+    from tempo_fast.video.repair import RepairConfig
+
+log = logging.getLogger(__name__)
 
 QWEN2_VL = VideoGeometry(patch=14, merge=2, temporal=2, mean=CLIP_MEAN, std=CLIP_STD)
+_RULES = 1  # part of a row's settings: raise it when the same file must give another row
 
 
-def scan_video(path: str | Path, reader: Any, *, decode: bool = True) -> dict[str, Any]:
-    """One row: facts of the file, sampled frames and language-model tokens, ``ok``, and ``reason`` where it is not.
+@dataclass(frozen=True)
+class Options:
+    """``out`` keeps the rows, and a scan that was stopped goes on from them unless ``fresh``; ``workers`` 0 is one per
+    core; ``timeout_s`` is for one file; ``fix`` names the folder of repaired copies, made by ``gop`` and ``max_gop`` of
+    ``RepairConfig``."""
 
-    ``decode`` also decodes the first, middle and last frame, which finds files whose end is missing.
-    """
-    row: dict[str, Any] = {"video": str(path), "ok": False, "reason": ""}
-    try:
-        info = reader.info(path)
-        row |= {
-            "codec": info.codec, "width": info.width, "height": info.height, "fps": round(info.fps, 3),
-            "frames": info.n_frames, "duration_s": round(info.duration_s, 3), "rotation": info.rotation,
-            "vfr": info.vfr, "has_audio": info.has_audio, "digest": info.digest,
-        }  # fmt: skip
-        plan = reader.plan(path)
-        row |= {
-            "sampled_frames": len(plan.indices), "resized": [plan.width, plan.height],
-            "tokens": reader.geometry.tokens(plan.grid),
-        }  # fmt: skip
-        if decode:
-            reader.frames(reader.plan(path, sorted({0, info.n_frames // 2, info.n_frames - 1})))
-        row["ok"] = True
-    except InputError as e:
-        row["reason"] = str(e).removeprefix(f"{path}: ")
-    return row
+    out: Path | None = None
+    fresh: bool = False
+    workers: int = 0
+    timeout_s: float = 60.0
+    decode: Decode = "sampled"
+    fix: Path | None = None
+    gop: int = 48
+    max_gop: int = 250
 
 
-def scan_command(
-    videos: str, *, recipe: str = "", overrides: Sequence[str] = (), out: Path | None = None, decode: bool = True
-) -> None:
-    """Print a table and a summary; with ``out`` also write JSON lines.
+def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: Sequence[str] = ()) -> None:
+    """Print a table and a summary; with ``out`` also write JSON lines and ``<out>.summary.json``, with ``fix`` copies
+    of the files that want one and ``videos.txt``, a list of what to train on.
 
     Tokens are counted as the recipe's model counts them, as Qwen2-VL does where its directory is not there.
+
+    Raises:
+        InputError: what was asked for cannot be done at all. Bad files are findings, not errors.
+        Interrupted: SIGINT or SIGTERM came.
     """
-    from tempo_fast.curate import list_videos
-    from tempo_fast.runtime.progress import progress
-    from tempo_fast.video.reader import VideoReader
+    from tempo_fast.runtime.signals import Stopper
+    from tempo_fast.video.decode import open_decoder
+    from tempo_fast.video.repair import RepairConfig
 
-    config, geometry, family = _settings(recipe, overrides)
-    reader = VideoReader(config, geometry)
-    paths = list_videos(videos)
-    rows = [scan_video(path, reader, decode=decode) for path in progress(paths, "scan", "video")]
-    if out is not None:
-        write_jsonl(out, rows)
-    print(table(rows))
-    print(summary(rows, config, family) + (f"\n{out}: {len(rows)} rows" if out is not None else ""))
+    config, geometry, family, max_tokens = _settings(recipe, overrides)
+    open_decoder(config.backend)  # a missing package is an error of the scan, not of each file
+    paths = [os.fspath(p) for p in find_videos(videos)]
+    repairs = RepairConfig(gop=options.gop, max_gop=options.max_gop)
+    if options.fix is not None:
+        _check_folder(options.fix, videos, paths)
+    with closing(RowFile(options.out, fresh=options.fresh)) as rows, Stopper() as stopper:
+        scan = _Scan(options, config, geometry, repairs, paths, rows, stopper.check)
+        try:
+            scan.run()
+            stopper.check()
+        except Interrupted as e:
+            if options.out:
+                raise
+            raise Interrupted("stopped, and without --out no row is kept", e.exit_code) from e
+        totals = Summary(config, family, max_tokens)
+        for row in rows.ordered(paths):
+            totals.add(row)
+        if options.fix is not None:
+            _write_list(options.fix / "videos.txt", rows.ordered(paths))
+        rows.finish(paths)
+    if text := totals.table():
+        print(text)
+    print(totals.text())
+    if options.out is not None:
+        write_json(summary_path(options.out), totals.as_dict())
+        print(f"{options.out}: {totals.videos} rows" + (f", {scan.kept} of them from before" if scan.kept else ""))
+    if options.fix is not None:
+        print(f"{options.fix / 'videos.txt'}: what to train on")
 
 
-def _settings(recipe: str, overrides: Sequence[str]) -> tuple[VideoConfig, VideoGeometry, str]:
-    """Configuration, geometry, and the family whose geometry it is."""
+def summary_path(out: Path) -> Path:
+    """``scan.jsonl`` -> ``scan.summary.json``."""
+    return out.with_name(f"{out.stem}.summary.json")
+
+
+@dataclass
+class _Scan:
+    options: Options
+    config: VideoConfig
+    geometry: VideoGeometry
+    repairs: RepairConfig
+    paths: Sequence[str]
+    rows: RowFile
+    check: Callable[[], None]
+    kept: int = 0
+
+    def run(self) -> None:
+        """Rows of all files, then repairs of those that want one."""
+        from tempo_fast.scan.row import Job, Shared
+
+        o = self.options
+        settings = digest([self.config, self.geometry, o.decode, _RULES])[:16]
+        fix_settings = digest([self.repairs, str(o.fix.resolve())])[:16] if o.fix is not None else ""
+        todo = [p for p in self.paths if not _still_holds(self.rows.get(p), p, settings, o.timeout_s)]
+        self.kept = len(self.paths) - len(todo)
+        shared = Shared(self.config, self.geometry, o.decode, self.repairs)
+        for job, outcome in self._work("scan", [Job(p, limit_s=o.timeout_s) for p in todo], shared):
+            self.rows.append({**_scanned(job, outcome), "settings": settings})
+        if o.fix is None:
+            return
+        with writing(o.fix), tempfile.TemporaryDirectory(prefix=".scan-", dir=o.fix) as scratch:
+            jobs = []
+            for row in self.rows.ordered(self.paths):
+                if row.get("fix_settings") == fix_settings and (not row["fixed"] or os.path.exists(row["fixed"])):
+                    continue
+                wanted = self._repair_job(row)
+                if wanted is None:
+                    unfixed = {"fix": "none", "fixed": "", "fix_reason": "" if row["ok"] else row["reason"]}
+                    self.rows.append({**row, **unfixed, "fix_settings": fix_settings})
+                else:
+                    jobs.append(wanted)
+            shared = Shared(self.config, self.geometry, o.decode, self.repairs, str(o.fix), scratch)
+            for job, outcome in self._work("fix", jobs, shared):
+                row = self.rows.get(job.path) or {}
+                self.rows.append({**row, **_repaired(job, outcome), "fix_settings": fix_settings})
+
+    def _work(self, name: str, jobs: Sequence[Job], shared: Shared) -> Iterator[tuple[Job, Outcome]]:
+        from tempo_fast.runtime.progress import progress
+        from tempo_fast.scan.row import work
+
+        workers = min(self.options.workers or _cores(), len(jobs))
+        with progress(len(jobs), name, "video") as bar:
+            found = run_isolated(
+                work, jobs, workers=workers, timeout=lambda job: job.limit_s, shared=shared, check=self.check,
+                preload=["tempo_fast.scan.row"],
+            )  # fmt: skip
+            with closing(found):  # type: ignore[type-var]
+                for job, outcome in found:
+                    yield job, outcome
+                    bar.update(1)
+
+    def _repair_job(self, row: Row) -> Job | None:
+        from tempo_fast.scan.row import Job
+        from tempo_fast.video.repair import why_repair
+
+        limit = self.options.timeout_s
+        why = why_repair(row["edit_list"], row["longest_gop"], self.repairs) if "longest_gop" in row else ""
+        if row["ok"] or row.get("failure") == "timeout":
+            # re-encoding is slower than real time on one core
+            return Job(row["video"], True, why, limit + 20 * row["duration_s"]) if why else None
+        if row.get("failure") or "size_bytes" not in row:
+            return None
+        return Job(row["video"], True, "", limit + 20 * row["duration_s"] if "duration_s" in row else 10 * limit)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _still_holds(row: Row | None, path: str, settings: str, timeout_s: float) -> bool:
+    """Whether a row of an earlier scan is about the file as it is now. A crash is tried again (memory may have been
+    short), and so is a timeout when there is more time."""
+    if row is None or row["settings"] != settings or row.get("failure") == "crash":
+        return False
+    if row.get("failure") == "timeout" and timeout_s > row["timeout_s"]:
+        return False
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return False
+    return (row.get("size_bytes"), row.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+
+
+def _scanned(job: Job, outcome: Outcome) -> Row:
+    if not outcome.failure:
+        row: Row = outcome.value
+        return row
+    row = outcome.value or {"video": job.path, "ok": False}
+    try:
+        stat = os.stat(job.path)
+        row |= {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    except OSError:
+        pass
+    row |= {"reason": _failed(job, outcome), "failure": outcome.failure}
+    return row | ({"timeout_s": job.limit_s} if outcome.failure == "timeout" else {})
+
+
+def _repaired(job: Job, outcome: Outcome) -> Row:
+    if not outcome.failure:
+        made: Row = outcome.value
+        return made
+    why = job.why or "is damaged"
+    return {"fix": "none", "fixed": "", "fix_reason": f"{why}; its repair {_failed(job, outcome)}"}
+
+
+def _failed(job: Job, outcome: Outcome) -> str:
+    """What kept a job from returning. Raises InputError for what is wrong with more than this one file."""
+    if isinstance(outcome.error, InputError):
+        raise outcome.error
+    if outcome.error is not None:
+        log.debug("%s: %s", job.path, outcome.error.__cause__)
+        return f"failed ({outcome.error})"
+    if outcome.failure == "timeout":
+        return f"took longer than {job.limit_s:g} s"
+    code = outcome.exitcode
+    try:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        how = f"signal {-code}"
+    return f"crashed the process ({how})"
+
+
+def _check_folder(folder: Path, videos: str, paths: Iterable[str]) -> None:
+    """Raises InputError where copies would lie among the originals, or cannot be written."""
+    inside = folder.resolve()
+    sources = [Path(videos)] if os.path.isdir(videos) else []
+    if any(inside.is_relative_to(s.resolve()) for s in sources):
+        raise InputError(f"--fix: {folder} lies inside {videos}, whose next scan would take the copies for originals")
+    if any(Path(p).resolve().is_relative_to(inside) for p in paths):
+        raise InputError(f"--fix: {folder} holds some of the videos to scan; copies need a folder of their own")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def _write_list(path: Path, rows: Iterable[Row]) -> None:
+    """What to train on: readable originals that need no copy, and copies."""
+    names = [os.path.abspath(r["fixed"] or r["video"]) for r in rows if r["fixed"] or r["ok"]]
+    write_atomic(path, lambda f: f.write("".join(f"{name}\n" for name in names).encode()))
+
+
+def _settings(recipe: str, overrides: Sequence[str]) -> tuple[VideoConfig, VideoGeometry, str, int]:
+    """Configuration, geometry, the family whose geometry it is, and the most tokens of a row in training."""
     if not recipe and not overrides:
-        return VideoConfig(), QWEN2_VL, "qwen2_vl"
+        return VideoConfig(), QWEN2_VL, "qwen2_vl", TrainConfig().max_tokens
     from tempo_fast.configio import load_config
     from tempo_fast.models.load import load_family, resolve_path
 
@@ -72,47 +255,7 @@ def _settings(recipe: str, overrides: Sequence[str]) -> tuple[VideoConfig, Video
     try:
         folder = resolve_path(config.model.path)
     except InputError:
-        return config.video, QWEN2_VL, "qwen2_vl"
+        return config.video, QWEN2_VL, "qwen2_vl", config.train.max_tokens
     family, hf_config = load_family(folder)
-    return config.video, family.geometry(hf_config), family.name
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a video."""
-    head = ("video", "codec", "size", "fps", "frames", "seconds", "sampled", "tokens", "")
-    body = [head]
-    for r in rows:
-        if "codec" not in r:
-            body.append((Path(r["video"]).name, "", "", "", "", "", "", "", r["reason"]))
-            continue
-        notes = [n for n, on in (("vfr", r["vfr"]), ("rotated", r["rotation"]), ("audio", r["has_audio"])) if on]
-        body.append(
-            (
-                Path(r["video"]).name, r["codec"], f"{r['width']}x{r['height']}", f"{r['fps']:g}", str(r["frames"]),
-                f"{r['duration_s']:.1f}", str(r.get("sampled_frames", "")), str(r.get("tokens", "")),
-                r["reason"] or ", ".join(notes),
-            )
-        )  # fmt: skip
-    widths = [max(len(line[i]) for line in body) for i in range(len(head))]
-    left = {0, 1, len(head) - 1}
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in body
-    )
-
-
-def summary(rows: Sequence[dict[str, Any]], config: VideoConfig, family: str) -> str:
-    """Counts, hours, tokens, and the reasons of those that cannot be read."""
-    good = [r for r in rows if r["ok"]]
-    text = f"{len(good)} of {len(rows)} videos can be read"
-    if good:
-        hours = sum(r["duration_s"] for r in good) / 3600
-        tokens = sorted(r["tokens"] for r in good)
-        text += (
-            f": {hours:.2f} h; tokens of {family} at {config.fps:g} fps and {config.max_pixels} pixels a frame: "
-            f"median {tokens[len(tokens) // 2]}, most {tokens[-1]}, together {sum(tokens)}"
-        )
-    bad = [f"\n  {r['video']}: {r['reason']}" for r in rows if not r["ok"]]
-    return text + "".join(bad)
+    geometry: Any = family.geometry(hf_config)
+    return config.video, geometry, family.name, config.train.max_tokens

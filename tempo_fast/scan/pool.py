@@ -30,11 +30,13 @@ _NONE = object()
 @dataclass(frozen=True)
 class Outcome:
     """``value`` is what the job returned, or its last ``report`` where ``failure`` says that it never returned:
-    "timeout", or "crash" with the process's ``exitcode`` (negative: the signal)."""
+    "timeout", "crash" with the process's ``exitcode`` (negative: the signal), or "error" with what it raised: an
+    InputError, or a RuntimeError that tells of another exception and has its traceback as cause."""
 
     value: Any = None
     failure: str = ""
     exitcode: int = 0
+    error: Exception | None = None
 
 
 @dataclass
@@ -71,7 +73,7 @@ def run_isolated(
         preload: modules that workers need, imported once and inherited by all (where processes can be forked).
 
     Raises:
-        InputError: a worker cannot start; and whatever ``function`` raises.
+        InputError: a worker cannot start.
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -94,7 +96,7 @@ def run_isolated(
                 if outcome is None:
                     continue
                 job = worker.job
-                spent = outcome.failure or worker.jobs >= JOBS_PER_PROCESS
+                spent = outcome.failure in ("timeout", "crash") or worker.jobs >= JOBS_PER_PROCESS
                 worker.job = _NONE if spent else next(queue, _NONE)
                 if worker.job is _NONE:
                     crew.remove(worker)
@@ -147,7 +149,8 @@ def _attend(worker: _Worker, readable: bool, timeout: Callable[[Any], float]) ->
         return Outcome(value)
     else:
         error, text = value
-        raise error from RuntimeError(f"in a worker process:\n{text}")
+        error.__cause__ = RuntimeError(text)
+        return Outcome(worker.value, "error", error=error)
     return None
 
 
@@ -170,7 +173,9 @@ def _work(pipe: Connection, function: Callable[..., Any], shared: Any) -> None:
             try:
                 result = "done", function(job, shared, lambda value: pipe.send(("report", value)))
             except Exception as e:
-                result = "error", (e, traceback.format_exc())
+                # others may not survive pickling
+                told = e if isinstance(e, InputError) else RuntimeError(f"{type(e).__name__}: {e}")
+                result = "error", (told, traceback.format_exc())
             pipe.send(result)
     except (EOFError, OSError):  # the parent has closed its end
         return

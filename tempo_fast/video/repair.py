@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import zip_longest
@@ -28,6 +28,7 @@ MIN_KEPT_S = 1.0
 _RULES = 1  # part of a copy's name: raise it when the same file must give another copy
 _KEPT_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 _KEPT_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm"}
+_CONTAINERS = {".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 
 
 @dataclass(frozen=True)
@@ -91,23 +92,31 @@ def why_repair(has_edit_list: bool, gop: int, config: RepairConfig) -> str:
     return " and ".join(reasons)
 
 
-def repair(path: str | os.PathLike[str], folder: str | os.PathLike[str], why: str, config: RepairConfig) -> Repair:
+def repair(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    why: str,
+    config: RepairConfig,
+    *,
+    scratch: str | os.PathLike[str] | None = None,
+) -> Repair:
     """Write a copy of ``path`` into ``folder`` (which must exist), verified and under its final name, or none.
 
     The name is that of the file with a digest of its bytes and the settings. ``why`` is what ``why_repair`` said; empty
-    for a damaged file, of which everything before the damage is kept. Sound is left out.
+    for a damaged file, of which everything before the damage is kept. Sound is left out. ``scratch`` is a folder of the
+    same file system for unfinished files; ``folder`` itself when it is None.
 
     Raises:
         InputError: the folder cannot be written to, or the disk is full.
     """
     path = os.fspath(path)
     try:
-        return _repair(path, Path(folder), why, config)
+        return _repair(path, Path(folder), Path(scratch or folder), why, config)
     except DecodeError as e:
         return Repair("none", f"{why or 'is damaged'}; {str(e).removeprefix(f'{path}: ')}")
 
 
-def _repair(path: str, folder: Path, why: str, config: RepairConfig) -> Repair:
+def _repair(path: str, folder: Path, scratch: Path, why: str, config: RepairConfig) -> Repair:
     if why:
         info = probe(path)
         tail = info.duration_s - info.pts_s[-1]
@@ -123,24 +132,26 @@ def _repair(path: str, folder: Path, why: str, config: RepairConfig) -> Repair:
         remux = True
     key = digest([content_digest(path), config, _RULES])[:12]
     original = Path(path)
+    suffix = original.suffix.lower()
     if remux:
-        suffix = original.suffix.lower() if original.suffix.lower() in _KEPT_SUFFIXES else ".mp4"
-        made = _place(folder / f"{original.stem}-{key}{suffix}", lambda out: _remux(path, out, shown))
+        target = folder / f"{original.stem}-{key}{suffix if suffix in _KEPT_SUFFIXES else '.mp4'}"
+        made = _place(target, scratch, lambda out, form: _remux(path, out, form, shown))
         if made:
             return Repair("remux", why, made)
     # the same rounding of timestamps as before
-    suffix = ".mkv" if original.suffix.lower() in (".mkv", ".webm") else ".mp4"
-    made = _place(folder / f"{original.stem}-{key}{suffix}", lambda out: _encode(path, out, shown, config))
+    target = folder / f"{original.stem}-{key}{'.mkv' if suffix in ('.mkv', '.webm') else '.mp4'}"
+    made = _place(target, scratch, lambda out, form: _encode(path, out, form, shown, config))
     if made:
         return Repair("reencode", why, made)
     return Repair("none", f"{why}; no copy shows the same frames")
 
 
-def _place(target: Path, write: Any) -> str:
-    """Let ``write`` fill a temporary file beside ``target``; where it says that the copy is right, name it so."""
-    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}.tmp{target.suffix}")
+def _place(target: Path, scratch: Path, write: Callable[[Path, str], bool]) -> str:
+    """Let ``write`` fill a temporary file (path, FFmpeg's name of the container); where it says that the copy is right,
+    give it its name."""
+    temporary = scratch / f".{uuid.uuid4().hex[:12]}.tmp"  # no video's suffix, should it be left behind
     try:
-        if not write(temporary):
+        if not write(temporary, _CONTAINERS.get(target.suffix, "mp4")):
             return ""
         with writing(target):
             with open(temporary, "rb") as f:
@@ -212,19 +223,19 @@ def _frames(path: str, shown: _Shown) -> Iterator[tuple[Any, Any]]:
             yield frame, stream
 
 
-def _remux(path: str, out: Path, shown: _Shown) -> bool:
+def _remux(path: str, out: Path, form: str, shown: _Shown) -> bool:
     """Copy the packets of the frames to show. False where that shows anything else, or cannot be done."""
     try:
         with open_video(path, whole=not shown.cut) as (container, stream):
-            _copy_packets(container.demux(stream), stream, out, shown.last)
+            _copy_packets(container.demux(stream), stream, out, form, shown.last)
         return _verified(out, shown, shown.display) and _same_pictures(path, out, shown)
     except DecodeError:  # a codec that the container does not take, timestamps that it refuses
         return False
 
 
-def _copy_packets(packets: Iterable[Any], stream: Any, out: Path, last: int | None) -> None:
+def _copy_packets(packets: Iterable[Any], stream: Any, out: Path, form: str, last: int | None) -> None:
     first: int | None = None
-    with writing(out.parent), av.open(str(out), "w") as target:
+    with writing(out.parent), av.open(str(out), "w", format=form) as target:
         copy = target.add_stream_from_template(stream)
         for packet in packets:
             if packet.is_corrupt:
@@ -251,7 +262,7 @@ def _same_pictures(path: str, out: Path, shown: _Shown) -> bool:
     return True
 
 
-def _encode(path: str, out: Path, shown: _Shown, config: RepairConfig) -> bool:
+def _encode(path: str, out: Path, form: str, shown: _Shown, config: RepairConfig) -> bool:
     """H.264 without B-frames, so that frames lie in the order shown and the copy needs no edit list of its own."""
     target: Any = None
     encoder: Any = None
@@ -260,7 +271,7 @@ def _encode(path: str, out: Path, shown: _Shown, config: RepairConfig) -> bool:
     durations: dict[int, int] = {}
     try:
         with writing(out.parent):
-            target = av.open(str(out), "w", options={"movflags": "+faststart"})
+            target = av.open(str(out), "w", format=form, options={"movflags": "+faststart"})
         for (frame, stream), start, end in zip(_frames(path, shown), shown.times, ends, strict=True):
             unit = Fraction(stream.time_base)
             if turn is None:
@@ -316,7 +327,7 @@ def _encoder(target: Any, shown: _Shown, frame: Any, stream: Any, config: Repair
 
 def _turner(display: DisplayTransform, frame: Any, unit: Fraction) -> Any:
     """A function from a frame as stored to the same frame as displayed, without a way through RGB."""
-    steps = [("transpose", "cclock_flip")] if display.swap else []
+    steps: list[tuple[str, str | None]] = [("transpose", "cclock_flip")] if display.swap else []
     steps += [("hflip", None)] if display.flip_x else []
     steps += [("vflip", None)] if display.flip_y else []
     if not steps:

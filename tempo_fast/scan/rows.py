@@ -1,0 +1,102 @@
+"""The file of a scan's rows: appended to as they come, put in order at the end, resumed from after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tempo_fast.errors import InputError
+from tempo_fast.files import write_atomic, writing
+
+Row = dict[str, Any]
+
+
+def _line(row: Row) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a name whose bytes are not UTF-8
+        return json.dumps(row).encode() + b"\n"
+
+
+class RowFile:
+    """Rows by their ``video``; a later one takes the place of an earlier. In memory there are only their places.
+
+    Args:
+        path: the file; None keeps rows in a nameless temporary one.
+        fresh: forget what the file holds.
+
+    Raises:
+        InputError: the file holds something else than a scan's rows, or cannot be written.
+    """
+
+    def __init__(self, path: Path | None, *, fresh: bool = False) -> None:
+        self.path = path
+        self._at: dict[str, int] = {}
+        self._file: BinaryIO
+        if path is None:
+            self._file = tempfile.TemporaryFile()
+            return
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b")
+        try:
+            self._index(path)
+        except InputError:
+            self.close()
+            raise
+        if fresh:
+            self._file.truncate(0)
+            self._at.clear()
+
+    def _index(self, path: Path) -> None:
+        self._file.seek(0)
+        at = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):  # killed while it wrote
+                self._file.truncate(at)
+                break
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = {}  # damaged on disk: scanned again
+            if row and not (isinstance(row, dict) and {"video", "settings", "ok"} <= row.keys()):
+                raise InputError(f"{path}: was not written by a scan and would be overwritten; choose another name")
+            if row:
+                self._at[row["video"]] = at
+            at += len(line)
+
+    def get(self, video: str) -> Row | None:
+        """The last row about this video."""
+        at = self._at.get(video)
+        if at is None:
+            return None
+        self._file.seek(at)
+        row: Row = json.loads(self._file.readline())
+        return row
+
+    def append(self, row: Row) -> None:
+        """Keep a row, whatever happens to this process from now on. Raises InputError on a full disk."""
+        with writing(self.path or tempfile.gettempdir()):
+            self._at[row["video"]] = self._file.seek(0, os.SEEK_END)
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def ordered(self, videos: Iterable[str]) -> Iterator[Row]:
+        """The rows of these videos, in this order."""
+        for video in videos:
+            row = self.get(video)
+            if row is not None:
+                yield row
+
+    def finish(self, videos: Iterable[str]) -> None:
+        """Put the file in order, atomically; rows of other videos go."""
+        if self.path is not None:
+            write_atomic(self.path, lambda f: f.writelines(_line(row) for row in self.ordered(videos)))
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()

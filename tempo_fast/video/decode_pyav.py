@@ -19,11 +19,14 @@ from tempo_fast.video.display import display_transform
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
 _Frames = Callable[[], Iterator[Any]]
+_SKIPS = {"h264", "hevc"}
+"""Codecs whose decoders can be told packet by packet to leave frames out (dav1d takes it for all of a file)."""
 
 
 class PyAVDecoder:
-    """Seeks to the keyframe before a frame and decodes on to its exact timestamp; counts frames from the start where
-    the probe found that timestamps cannot be trusted (so that an edit list's hidden frames are never counted).
+    """Seeks to the keyframe before a frame and decodes on to its exact timestamp, leaving out frames on the way that no
+    other refers to; counts frames from the start where the probe found that timestamps cannot be trusted (so that an
+    edit list's hidden frames are never counted).
 
     Args:
         timeout_s: seconds that decoding one file may take, looked at between frames; None for no end.
@@ -63,13 +66,19 @@ class PyAVDecoder:
             DecodeError: a frame cannot be decoded exactly, or ``deadline`` (of ``time.monotonic``) has passed.
         """
         last = -1
+        skips = info.indexed and info.codec in _SKIPS
+        ticks = {info.ticks[i] for i in distinct} if skips else set()
         with open_video(info.path) as (container, stream):
 
             def decoded() -> Iterator[Any]:
-                for frame in container.decode(stream):
-                    if deadline is not None and time.monotonic() > deadline:
-                        raise DecodeError(f"{info.path}: decoding took longer than {self.timeout_s:g} s")
-                    yield frame
+                for packet in container.demux(stream):
+                    if skips and packet.pts is not None:
+                        # no other frame refers to what NONREF skips (B-pictures, mostly)
+                        stream.codec_context.skip_frame = "DEFAULT" if packet.pts in ticks else "NONREF"
+                    for frame in packet.decode():
+                        if deadline is not None and time.monotonic() > deadline:
+                            raise DecodeError(f"{info.path}: decoding took longer than {self.timeout_s:g} s")
+                        yield frame
 
             find = self._seeking if info.indexed else self._counting
             for index, frame in find(info, distinct, container, stream, decoded):

@@ -43,6 +43,7 @@ def test_hand_worked_sizes(n: int, r: int) -> None:
     assert sorted(seen) == blocks and seen != blocks
 
 
+@settings(deadline=None)
 @given(st.sampled_from(KINDS), st.integers(1, 40), st.sampled_from([2, 4, 8, 16]), st.integers(0, 2**31))
 def test_properties(kind: str, n: int, r: int, seed: int) -> None:
     order = perturb(kind, n, r, seed)
@@ -59,13 +60,14 @@ def test_properties(kind: str, n: int, r: int, seed: int) -> None:
         assert sorted(order.order) == list(range(n)) and order.kept == 1
 
 
+@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(0, 1000))
 def test_reverse_breaks_more_at_larger_r(n: int, seed: int) -> None:
     broken = [perturb("reverse", n, r, seed).broken for r in (2, 4, 8, 16)]  # type: ignore[union-attr]
     assert broken == sorted(broken)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 24), st.sampled_from(KINDS), st.integers(0, 1000), st.data())
 def test_equal_labels_count_as_identity(n: int, kind: str, seed: int, data: st.DataObject) -> None:
     labels = data.draw(st.lists(st.sampled_from("ab"), min_size=n, max_size=n))

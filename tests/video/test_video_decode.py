@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from counter_clips import TURNS, hide_first, turned, upright
 
 from tempo_fast.errors import InputError
 from tempo_fast.video import decode as decode_module
@@ -82,29 +83,13 @@ def test_repeated_frames_are_decoded_once(plain, monkeypatch):
     assert seen == [3, 5, 40]
 
 
-QUARTERS = {
-    # display matrix (a b u, c d v, x y w in 16.16 and 2.30) -> what to store so that the picture stands upright
-    "upright": ([1, 0, 0, 1], lambda f: f, 0, False),
-    "clockwise": ([0, 1, -1, 0], lambda f: np.rot90(f, 1), 90, False),
-    "half": ([-1, 0, 0, -1], lambda f: np.rot90(f, 2), 180, False),
-    "counterclockwise": ([0, -1, 1, 0], lambda f: np.rot90(f, -1), 270, False),
-    "mirrored": ([-1, 0, 0, 1], lambda f: f[:, ::-1], 0, True),
-    "upside_down": ([1, 0, 0, -1], lambda f: f[::-1], 0, True),
-}
-
-
-def _matrix(corner: list[int]) -> list[int]:
-    a, b, c, d = (v << 16 for v in corner)
-    return [a, b, 0, c, d, 0, 0, 0, 1 << 30]
-
-
-@pytest.mark.parametrize("name", QUARTERS)
+@pytest.mark.parametrize("name", TURNS)
 def test_display_matrix_is_applied(name, tmp_path, counter):
-    corner, store, clockwise, mirrored = QUARTERS[name]
-    path = counter.write(tmp_path / "r.mp4", 20, matrix=_matrix(corner), turn=store)
+    path = counter.write(tmp_path / "r.mp4", 20, **turned(name))
     info = probe(path)
-    assert (info.height, info.width, info.rotation, info.mirrored) == (64, 192, clockwise, mirrored)
-    assert counter.read(PyAVDecoder().decode(path, [19, 4, 4, 0])) == [19, 4, 4, 0]
+    assert (info.height, info.width, info.rotation, info.mirrored) == (64, 192, *TURNS[name][2:])
+    frames = PyAVDecoder().decode(path, [19, 4, 4, 0])
+    assert counter.read(frames) == [19, 4, 4, 0] and upright(frames)
 
 
 def test_a_matrix_that_is_no_quarter_turn_is_refused(tmp_path, counter):
@@ -114,24 +99,9 @@ def test_a_matrix_that_is_no_quarter_turn_is_refused(tmp_path, counter):
         probe(path)
 
 
-def _hide_first(path: Path, frames: int, scale_ticks: int) -> None:
-    """Let the MP4's edit list start ``frames`` later: those packets stay in the file and are not to be shown."""
-    data = bytearray(path.read_bytes())
-    at = data.index(b"elst") + 4
-    assert int.from_bytes(data[at + 4 : at + 8], "big") == 1
-    media_time = int.from_bytes(data[at + 12 : at + 16], "big", signed=True)
-    data[at + 12 : at + 16] = (media_time + frames * scale_ticks).to_bytes(4, "big", signed=True)
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize("hidden", [1, 7, 12, 17])
 def test_frames_hidden_by_an_edit_list_do_not_count(hidden, tmp_path, counter):
-    import av
-
-    path = counter.write(tmp_path / "e.mp4", N, bframes=2)
-    with av.open(str(path)) as container:
-        ticks = round(1 / 30 / container.streams.video[0].time_base)
-    _hide_first(path, hidden, ticks)
+    path = hide_first(counter.write(tmp_path / "e.mp4", N, bframes=2), hidden)
     info = probe(path)
     frames = PyAVDecoder().decode(path, range(info.n_frames))
     shown = counter.read(frames)

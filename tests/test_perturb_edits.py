@@ -279,13 +279,16 @@ def single_mask(n: int) -> Fraction:
 def exact_mean(kind: str, n: int, r: int) -> Fraction:
     if kind == "mask":
         return masked_mean(n, max(1, n // r))
+    if kind == "drop":  # both of g units kept of n
+        g = max(1, n // r)
+        return 1 - Fraction(g * (g - 1), n * (n - 1))
     if kind == "shuffle":
         return shuffled_mean(n, [range(n)], max(1, n // r))
     local = shuffled_mean(n, windows(n), piece(n, r))
     return local if kind == "local_shuffle" else 1 - (1 - local) * single_mask(n)
 
 
-@pytest.mark.parametrize("kind", ["shuffle", "local_shuffle", "mask_local_shuffle"])
+@pytest.mark.parametrize("kind", ["drop", "shuffle", "local_shuffle", "mask_local_shuffle"])
 def test_exact_mean_of_broken_never_falls_with_r(kind: str) -> None:
     for n in range(2, 61):
         means = [exact_mean(kind, n, r) for r in range(2, n + 1)]
@@ -300,7 +303,7 @@ def test_exact_mean_of_broken_by_masks_never_falls_with_r() -> None:
         assert means == sorted(means), n
 
 
-@pytest.mark.parametrize("kind", ["shuffle", "local_shuffle", "mask", "mask_local_shuffle"])
+@pytest.mark.parametrize("kind", ["drop", "shuffle", "local_shuffle", "mask", "mask_local_shuffle"])
 @pytest.mark.parametrize(("n", "r"), [(7, 2), (7, 4), (13, 2), (13, 4), (16, 2), (24, 3)])
 def test_draws_have_the_exact_mean(kind: str, n: int, r: int) -> None:
     """500 seeds, five standard errors: what the means above are of is what is drawn."""

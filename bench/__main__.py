@@ -10,6 +10,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 NAMES = {
     "head": "per-token log-prob and KL of the loss head, forward and backward",
     "step": "preference training steps: trees beside rows, with and without a live reference",
+    "video": "from a video file to the model's input, on every decoder, beside what other trainers use",
     "compile": "every configuration of the Triton kernels compiled without a GPU, and what it would use",
     "tune": "which tiles of the Triton kernels are fastest on this GPU",
     "gpu": "what to run in the minutes that a GPU is at hand: CUDA tests, then head at large shapes",

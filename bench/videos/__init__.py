@@ -1,0 +1,1 @@
+"""Clips and sides of ``python -m bench video``."""

@@ -221,7 +221,7 @@ def _scan(words: list[str]) -> None:
     args, overrides = parser.parse_known_args(words)
     if args.workers < 0 or not 0 < args.timeout < float("inf") or args.gop < 1 or args.max_gop < args.gop:
         raise InputError("tempo-fast scan: needs --workers >= 0, --timeout > 0 and 1 <= --gop <= --max-gop")
-    from tempo_fast.scan import Options, scan_command
+    from tempo_fast.scan.command import Options, scan_command
 
     options = Options(
         out=args.out, fresh=args.fresh, workers=args.workers, timeout_s=args.timeout, decode=args.decode, fix=args.fix,

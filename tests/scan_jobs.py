@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tempo_fast.errors import InputError
+
 
 def act(job: str, shared: Any, report: Any) -> Any:
     """One word says what to do."""
@@ -25,8 +27,8 @@ def act(job: str, shared: Any, report: Any) -> Any:
         os.abort()
     if verb == "raise":
         raise ValueError(rest)
-    if verb == "sleep":
-        time.sleep(float(rest))
+    if verb == "refuse":
+        raise InputError(rest)
     if verb == "note":
         Path(rest).write_text(str(os.getpid()))
         time.sleep(60)

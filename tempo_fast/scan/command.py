@@ -232,10 +232,12 @@ def _check_folder(folder: Path, videos: str, paths: Iterable[str]) -> None:
         raise InputError(f"--fix: {folder} lies inside {videos}, whose next scan would take the copies for originals")
     if any(Path(p).resolve().is_relative_to(inside) for p in paths):
         raise InputError(f"--fix: {folder} holds some of the videos to scan; copies need a folder of their own")
-    with writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except OSError as e:
+        raise InputError(f"--fix: {folder} cannot be written ({e.strerror})") from e
 
 
 def _write_list(path: Path, rows: Iterable[Row]) -> None:

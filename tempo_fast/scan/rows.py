@@ -40,9 +40,11 @@ class RowFile:
         if path is None:
             self._file = tempfile.TemporaryFile()
             return
-        with writing(path):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b")
+        except OSError as e:
+            raise InputError(f"{path}: cannot be written ({e.strerror})") from e
         try:
             self._index(path)
         except InputError:

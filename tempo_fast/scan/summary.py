@@ -57,7 +57,7 @@ class Summary:
             self.bad[kind] += 1
             names = self.reasons.setdefault(kind, [])
             if len(names) < _NAMED:
-                names.append(row["video"])
+                names.append(_printable(row["video"]))
             return
         self.ok += 1
         self.seconds += row["duration_s"]
@@ -110,7 +110,7 @@ class Summary:
             lines.append(f"{n} × {kind}")
             lines += [f"  {name}" for name in self.reasons[kind]]
             lines += [f"  and {n - _NAMED} more"] if n > _NAMED else []
-        return _printable("\n".join(lines))
+        return "\n".join(lines)
 
     def table(self) -> str:
         """One line a video, or a line for each that wants attention when there are many."""

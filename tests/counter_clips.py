@@ -81,8 +81,9 @@ def write_counter(
     options: dict[str, str] | None = None,
     pix_fmt: str = "yuv420p",
     container: dict[str, str] | None = None,
+    number: Callable[[int], int] = lambda i: i,
 ) -> Path:
-    """Encode n counter frames; ``pts`` in 1/600 s; ``turn`` is applied to what is stored."""
+    """Encode n frames; ``pts`` in 1/600 s; ``turn`` is applied to what is stored; frame i shows ``number(i)``."""
     import av
 
     options = {"g": str(gop), **(options or {})}
@@ -107,7 +108,8 @@ def write_counter(
         sound_codec, hertz, block = ("libopus", 48000, 960) if path.suffix == ".webm" else ("aac", 22050, 1024)
         sound = file.add_stream(sound_codec, rate=hertz, layout="mono") if audio else None
         for i, when in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(turn(counter_frame(i, *size))), format="rgb24")
+            image = np.ascontiguousarray(turn(counter_frame(number(i), *size)))
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = when, Fraction(1, 600)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))

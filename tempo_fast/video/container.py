@@ -67,8 +67,8 @@ def _check_iso(path: str, f: Any, size: int) -> None:
         if length < 8:
             break
         if at + length > size:
-            name = kind.decode("latin-1")
-            raise DecodeError(f"{path}: is truncated ({size} bytes, its '{name}' box ends at {at + length})")
+            name = f"its '{kind.decode()}' box" if kind.isalnum() else "one of its boxes"
+            raise DecodeError(f"{path}: is truncated ({size} bytes, {name} ends at {at + length})")
         kinds.add(kind)
         at += length
     if b"moov" not in kinds:
@@ -109,7 +109,7 @@ def open_video(path: str | os.PathLike[str], *, whole: bool = True) -> Iterator[
     if whole:
         check_file(path)
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             for stream in container.streams.video:
                 codec = stream.codec_context
                 cover = bool(stream.disposition & av.stream.Disposition.attached_pic)

@@ -20,6 +20,9 @@ from tempo_fast.video.packets import Packet, codec_name, dense_keyframes, open_g
 __all__ = ["DecodeError", "VideoInfo", "check_indices", "content_digest", "probe"]
 
 _EDGE = 1 << 15
+# Containers that store times. In the others (AVI) they are counted while reading, and differ after a seek where the
+# file is damaged.
+_TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv", "ivf"}
 # ITU-T H.273; FFmpeg's numbers are its code points
 _COLOR_SPACE = {0: "rgb", 1: "bt709", 2: "unspecified", 5: "bt601", 6: "bt601", 9: "bt2020"}
 _PRIMARIES = {1: "bt709", 2: "unspecified", 5: "bt601-625", 6: "bt601-525", 9: "bt2020", 12: "display-p3"}
@@ -145,12 +148,13 @@ def _probe(path: str, size: int, mtime_ns: int, ends: str) -> VideoInfo:
             "color_transfer": _named(_TRANSFER, first.color_trc),
         }
         height, width = display.size(first.height, first.width)
+        timed = container.format.name in _TIMED
 
     gap = 1.0 / stated
     ticks: tuple[int, ...] = ()
     keyframes: tuple[int, ...] = ()
     seek_ticks: tuple[int, ...] = ()
-    if not facts["interlaced"] and trustworthy(codec, packets):
+    if timed and not facts["interlaced"] and trustworthy(codec, packets):
         by_time = sorted(packets, key=lambda p: p.pts)  # type: ignore[arg-type, return-value]
         ticks = tuple(p.pts for p in by_time)  # type: ignore[misc]
         keys = [(i, p) for i, p in enumerate(by_time) if p.keyframe]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tempo_kernels.patchify import patchify
 
@@ -82,3 +86,84 @@ def test_frames_that_are_not_contiguous() -> None:
 def test_what_cannot_be_cut_is_refused(frames: Tensor) -> None:
     with pytest.raises(ValueError):
         patchify(frames, patch=2, merge=2, temporal=2, mean=MEAN, std=STD)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    f=st.integers(1, 4), shown=st.integers(1, 7), temporal=st.sampled_from([1, 2, 3]), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), blanks=st.booleans(),
+)  # fmt: skip
+def test_chosen_and_black_frames(
+    f: int, shown: int, temporal: int, seed: int, dtype: torch.dtype, blanks: bool
+) -> None:
+    """As if the frames had been copied in that order and blackened first."""
+    frames, g = random_frames(f, 8, 12, seed), torch.Generator().manual_seed(seed)
+    index = torch.randint(0, f, (shown,), generator=g)
+    blank = torch.rand(shown, generator=g) < 0.4 if blanks else None
+    copied = frames[index]
+    if blank is not None:
+        copied[blank] = 0
+    options = {"patch": 2, "merge": 2, "temporal": temporal, "mean": MEAN, "std": STD, "dtype": dtype}
+    found = patchify(frames, index=index, blank=blank, **options)
+    assert torch.equal(found, patchify(copied, **options))
+
+
+def test_black_without_an_index() -> None:
+    frames = random_frames(3, 4, 4)
+    options = {"patch": 2, "merge": 2, "temporal": 2, "mean": MEAN, "std": STD}
+    found = patchify(frames, blank=torch.tensor([False, False, True]), **options)
+    assert torch.equal(found[:4], patchify(frames[:2], **options))
+    # the last frame is black and fills the patch: one value per channel
+    black = -torch.tensor(MEAN) / torch.tensor(STD)
+    torch.testing.assert_close(found[4:].view(4, 3, 8), black.view(1, 3, 1).expand(4, 3, 8))
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of each storage that an operation brought into the world."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.kept.append(tensor)  # so that no address is used twice
+                self.sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_memory_is_the_result_and_one_temporal_patch(dtype: torch.dtype, chosen: bool) -> None:
+    frames = random_frames(16, 32, 48)
+    index = torch.arange(15, -1, -1) if chosen else None
+    with Memory() as memory:
+        out = patchify(frames, patch=4, merge=2, temporal=2, mean=MEAN, std=STD, dtype=dtype, index=index)
+    del memory.sizes[frames.untyped_storage().data_ptr()]  # its views
+    result = memory.sizes.pop(out.untyped_storage().data_ptr())
+    assert result == out.numel() * out.element_size()
+    part = frames[:2].numel()
+    # the bytes of two frames, cut, and their float32 where the result is something else
+    assert sum(memory.sizes.values()) < part * (1 if dtype == torch.float32 else 5) + 1000
+
+
+def test_wrong_choices_are_refused() -> None:
+    frames = random_frames(3, 4, 4)
+    options = {"patch": 2, "merge": 2, "temporal": 2, "mean": MEAN, "std": STD}
+    with pytest.raises(ValueError, match="index 3 is outside the 3 frames"):
+        patchify(frames, index=torch.tensor([0, 3]), **options)
+    with pytest.raises(ValueError, match="index -1 is outside the 3 frames"):
+        patchify(frames, index=torch.tensor([-1, 2]), **options)
+    for index in (torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([], dtype=torch.int64)):
+        with pytest.raises(ValueError, match="int64 index"):
+            patchify(frames, index=index, **options)
+    for blank in (torch.tensor([True, False]), torch.tensor([0, 0, 1])):
+        with pytest.raises(ValueError, match=r"bool blank \[3\]"):
+            patchify(frames, blank=blank, **options)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        patchify(frames, impl="cuda", **options)
+    with pytest.raises(ValueError, match="not possible: the frames are on cpu"):
+        patchify(frames, impl="triton", **options)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,12 @@ INSTRUCTIONS = {
     "cp_async": r"\bLDGSTS\b",
     "local": r"\b(?:LDL|STL)\b",
 }
+NEEDED = {
+    "sm80": {"mma": "mma", "cp_async": "cp.async"},
+    "sm90": {"wgmma": "wgmma", "tma_load": "TMA"},
+    "sm100": {"tcgen05": "tcgen05", "tma_load": "TMA"},
+}
+"""What a kernel that multiplies matrices must use, and what it is called."""
 VARIANTS: dict[str, tuple[dict[str, bool], ...]] = {
     "exp_slab": ({"store": True}, {}),
     "statistics": ({}, {"bias": True, "cap": True}),
@@ -40,13 +46,27 @@ VARIANTS: dict[str, tuple[dict[str, bool], ...]] = {
     "pair_gradient": ({"kl": True}, {"kl": True, "bias": True, "cap": True}),
     "accumulate": ({"add": True}, {}),
 }
+"""The kernels of the loss head."""
+PIXELS: dict[str, tuple[dict[str, Any], ...]] = {
+    # Qwen2-VL's and Qwen3-VL's patches, frames that are rows; as they come, and chosen frames of which some are black
+    "patchify": tuple(
+        {"patch": patch, "merge": merge, "temporal": temporal, "index": chosen, "blank": chosen}
+        for patch, merge, temporal in ((14, 2, 2), (16, 2, 2), (448, 1, 1))
+        for chosen in (False, True)
+    ),
+    "resize_x": ({},),
+    "resize_y": ({},),
+}
+"""The kernels of the pixel path, which multiply no matrices."""
+KINDS = (*VARIANTS, *PIXELS)
 
 
 class Case(NamedTuple):
     sm: int
     kind: str
     tile: Any
-    flags: dict[str, bool]
+    """None for the kernels of the pixel path."""
+    flags: dict[str, Any]
     candidate: bool
 
 
@@ -56,10 +76,52 @@ def cases(sms: list[int], kinds: list[str], candidates: bool) -> Iterator[Case]:
 
     for sm in sms:
         for kind in kinds:
-            for flags in VARIANTS[kind]:
+            for flags in PIXELS.get(kind, ()):
+                yield Case(sm, kind, None, flags, False)
+            for flags in VARIANTS.get(kind, ()):
                 yield Case(sm, kind, tile_of(f"sm{sm}", kind, flags.get("cap", False)), flags, False)
             for tile in CANDIDATES.get(f"sm{sm}", {}).get(kind, ()) if candidates else ():
                 yield Case(sm, kind, tile, VARIANTS[kind][0], True)
+
+
+class Build(NamedTuple):
+    """What the compiler is given, and how the report calls it."""
+
+    kernel: Any
+    constexprs: dict[str, Any]
+    signature: dict[str, str]
+    is_aligned: Callable[[str, str], bool]
+    options: dict[str, int]
+    name: str
+    shape: list[int]
+    tile: str
+
+
+def build(case: Case, dtype: torch.dtype) -> Build:
+    """A case in the terms of its kernels' ``specs``."""
+    if case.kind in PIXELS:
+        from tempo_kernels.pixels import specs as pixel_specs
+
+        flags, name, make = dict(case.flags), case.kind, pixel_specs.resize_constants
+        if case.kind == "patchify":
+            make = pixel_specs.patchify_constants
+            name += f" {flags['patch']}x{flags['merge']}x{flags['temporal']}"
+            name += "".join(f"+{flag}" for flag in ("index", "blank") if flags[flag])
+        constexprs = make(**flags)
+        signature = pixel_specs.signature(case.kind, dtype, constexprs)
+        options = pixel_specs.options(constexprs)
+        shape = [constexprs.get("LINES") or constexprs["STRIP"], constexprs["BLOCK"]]
+        tile = "x".join(map(str, shape)) + f" w{options['num_warps']}"
+        kernel, is_aligned = pixel_specs.KERNELS[case.kind], pixel_specs.is_aligned
+        return Build(kernel, constexprs, signature, is_aligned, options, name, shape, tile)
+    from tempo_kernels.fused import specs
+
+    constexprs = specs.constants(case.kind, case.tile, dtype, case.sm >= 90, **case.flags)
+    signature = specs.signature(case.kind, case.tile, dtype, constexprs)
+    name = case.kind + "".join(f"+{flag}" for flag in case.flags) + (" (candidate)" if case.candidate else "")
+    tile = "x".join(map(str, case.tile[:3])) + f" s{case.tile.stages} w{case.tile.warps}"
+    kernel, options = specs.KERNELS[case.kind], specs.options(case.tile)
+    return Build(kernel, constexprs, signature, specs.is_aligned, options, name, list(case.tile), tile)
 
 
 def compile_case(case: Case, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
@@ -68,31 +130,29 @@ def compile_case(case: Case, dtype: torch.dtype = torch.bfloat16) -> dict[str, A
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tempo_kernels.fused import specs
-
-    kernel = specs.KERNELS[case.kind]
-    constexprs = specs.constants(case.kind, case.tile, dtype, case.sm >= 90, **case.flags)
-    signature = specs.signature(case.kind, case.tile, dtype, constexprs)
+    made = build(case, dtype)
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if specs.is_aligned(name, kind)
+        for i, (name, kind) in enumerate(made.signature.items())
+        if made.is_aligned(name, kind)
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.sm, 32), options=specs.options(case.tile))
+    source = ASTSource(fn=made.kernel, signature=made.signature, constexprs=made.constexprs, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.sm, 32), options=made.options)
     usage, code = _read(compiled.asm["cubin"])
     counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
     shared_kib = compiled.metadata.shared / 1024
     return {
         "case": f"sm{case.sm}",
-        "impl": case.kind + "".join(f"+{flag}" for flag in case.flags) + (" (candidate)" if case.candidate else ""),
-        "shape": list(case.tile),
-        "dtype": str(dtype).removeprefix("torch."),
+        "impl": made.name,
+        "shape": made.shape,
+        "tile": made.tile,
+        "dtype": "uint8" if case.kind.startswith("resize") else str(dtype).removeprefix("torch."),
+        "matrices": case.kind in VARIANTS,
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
         "local_bytes": usage["LOCAL"],
         "shared_kib": round(shared_kib, 1),
-        "blocks_per_sm": blocks_per_sm(case.sm, usage["REG"], shared_kib, 32 * case.tile.warps),
+        "blocks_per_sm": blocks_per_sm(case.sm, usage["REG"], shared_kib, 32 * made.options["num_warps"]),
         "instructions": counts,
     }
 
@@ -131,12 +191,9 @@ def verdict(row: dict[str, Any]) -> str:
     wrong = []
     if row["stack_bytes"] or row["local_bytes"] or counts["local"]:
         wrong.append("uses local memory")
-    if row["case"] == "sm90" and not (counts["wgmma"] and counts["tma_load"]):
-        wrong.append("without wgmma or TMA")
-    if row["case"] == "sm100" and not (counts["tcgen05"] and counts["tma_load"]):
-        wrong.append("without tcgen05 or TMA")
-    if row["case"] == "sm80" and not (counts["mma"] and counts["cp_async"]):
-        wrong.append("without mma or cp.async")
+    needed = NEEDED[row["case"]] if row["matrices"] else {}
+    if not all(counts[name] for name in needed):
+        wrong.append("without " + " or ".join(needed.values()))
     if not row["blocks_per_sm"]:
         wrong.append("does not fit on a multiprocessor")
     return ", ".join(wrong)
@@ -146,7 +203,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench compile", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="ignored: no device is touched")
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100], choices=sorted(LIMITS))
-    parser.add_argument("--kinds", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--candidates", action="store_true", help="also the tiles that tuning would try")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
@@ -165,8 +222,8 @@ def main(arguments: list[str]) -> int:
         rows.append(row)
         failed += bool(row["verdict"]) and not case.candidate
         used = " ".join(f"{name} {count}" for name, count in row["instructions"].items() if count)
-        tile = "x".join(map(str, case.tile[:3])) + f" s{case.tile.stages} w{case.tile.warps}"
-        shown = (row["case"], row["impl"], tile, row["registers"], row["stack_bytes"], f"{row['shared_kib']:.0f}K")
+        shared = f"{row['shared_kib']:.0f}K"
+        shown = (row["case"], row["impl"], row["tile"], row["registers"], row["stack_bytes"], shared)
         print(line.format(*shown, row["blocks_per_sm"], used + (f"  ! {row['verdict']}" if row["verdict"] else "")))
     write(options.json, environment("cpu"), rows)
     return 1 if failed else 0

@@ -1,5 +1,5 @@
 """The gate on the Triton kernels where there is no GPU: each configuration in use compiles for its architecture, stays
-in registers, and uses the tensor cores and copies that the architecture is bought for."""
+in registers, and, where it multiplies matrices, uses the tensor cores and copies that its architecture has for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from bench.compile import VARIANTS, blocks_per_sm, cases, compile_case, verdict
+from bench.compile import KINDS, blocks_per_sm, cases, compile_case, verdict
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -20,7 +20,7 @@ def _today_s_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])
-@pytest.mark.parametrize("kind", list(VARIANTS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_configuration_in_use(sm: int, kind: str) -> None:
     for case in cases([sm], [kind], candidates=False):
         row = compile_case(case)
@@ -30,6 +30,7 @@ def test_configuration_in_use(sm: int, kind: str) -> None:
 def test_what_the_gate_catches() -> None:
     counts = {"wgmma": 4, "tcgen05": 0, "mma": 0, "tma_load": 6, "tma_store": 1, "cp_async": 0, "local": 0}
     good = {"case": "sm90", "stack_bytes": 0, "local_bytes": 0, "blocks_per_sm": 1, "instructions": counts}
+    good |= {"matrices": True}
     assert verdict(good) == ""
     assert "local memory" in verdict(good | {"stack_bytes": 8})
     assert "local memory" in verdict(good | {"instructions": counts | {"local": 2}})
@@ -38,6 +39,9 @@ def test_what_the_gate_catches() -> None:
     assert "tcgen05" in verdict(good | {"case": "sm100"})
     assert "cp.async" in verdict(good | {"case": "sm80"})
     assert "fit" in verdict(good | {"blocks_per_sm": 0})
+    pixels = good | {"matrices": False, "instructions": dict.fromkeys(counts, 0)}
+    assert verdict(pixels) == "" and "wgmma" in verdict(pixels | {"matrices": True})
+    assert "local memory" in verdict(pixels | {"local_bytes": 16})
 
 
 def test_a_tile_that_spills_is_seen() -> None:

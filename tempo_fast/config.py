@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tempo_fast.errors import InputError
-from tempo_fast.perturb import KINDS
+from tempo_fast.perturb import EDITS, KINDS
 
 
 def _require(ok: bool, key: str, rule: str, value: Any) -> None:
@@ -164,7 +164,9 @@ class PairsConfig:
     """With ``frames``: re-caption the two-clip windows in perturbed order; or, ``video``, caption the clean and the
     perturbed video once each, under the same instruction (clip_input and aggregate do nothing then)."""
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    """Perturbations, of drop, shuffle, reverse: one rejected answer each."""
+    """Perturbations, of drop, shuffle, reverse: one rejected answer each. Where whole perturbed videos are captioned
+    (``perturb_on: frames``, ``frames_answer: video``) also mask, local_shuffle, mask_local_shuffle (RRPO), speed,
+    freeze, repeat; tempo_fast.perturb has their rules."""
     r: list[int] = field(default_factory=lambda: [16, 8, 4, 2])
     """Difficulty factors; one file each."""
     clip_input: Literal["keyframes", "frames"] = "keyframes"
@@ -338,8 +340,11 @@ class RunConfig:
         _require(
             self.curate.min_shots <= self.curate.max_shots, "curate.min_shots", "<= max_shots", self.curate.min_shots
         )
+        whole = p.perturb_on == "frames" and p.frames_answer == "video"
+        kinds = [*KINDS, *(kind for kind in EDITS if kind != "splice" and whole)]  # a splice is of two videos
         for kind in p.kinds:
-            _require(kind in KINDS, "pairs.kinds", f"of {', '.join(KINDS)}", kind)
+            need = ", with perturb_on: frames and frames_answer: video" if kind in EDITS else ""
+            _require(kind in kinds, "pairs.kinds", f"of {', '.join(kinds)}{need}", kind)
         _require(bool(p.kinds) and len(set(p.kinds)) == len(p.kinds), "pairs.kinds", "a non-empty set", p.kinds)
         for r in p.r:
             _require(r >= 2, "pairs.r", ">= 2", r)

@@ -48,7 +48,8 @@ class Clips:
 class Rejected:
     """One rejected answer and how it came about.
 
-    ``order`` are the clip indices it was built from; ``broken`` and ``kept`` measure the perturbation (perturb.py);
+    ``order`` are the clip indices it was built from, ``blank`` which of them were shown black (empty: none);
+    ``broken`` and ``kept`` measure the perturbation (perturb.py);
     ``spans`` are character ranges [start, end) of ``text`` that differ from the chosen answer, ``chosen_spans`` those
     of the chosen answer that differ from ``text``: the key phrases of this pair (RRPO).
     """
@@ -61,6 +62,7 @@ class Rejected:
     kept: float = 1.0
     spans: list[list[int]] = field(default_factory=list)
     chosen_spans: list[list[int]] = field(default_factory=list)
+    blank: list[bool] = field(default_factory=list)
 
 
 @dataclass

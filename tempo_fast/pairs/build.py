@@ -185,14 +185,15 @@ def _caption_whole(draws: Sequence[_Draw], videos: Sequence[Clips], captioner: C
     perturbed. The clean video goes the way of the perturbed one, so that nothing but the order tells them apart."""
     groups: list[list[Request] | None] = []
     for draw in draws:
-        video = videos[draw.video]
+        video, prompt = videos[draw.video], draw.prompt
+        assert draw.order is not None  # only live draws come here
         try:
-            groups.append(
-                [
-                    Request((captioner.reader.plan_clips(video.video, [_range(video, i) for i in order]),), draw.prompt)
-                    for order in (range(len(video.clips)), draw.order.order if draw.order else ())
-                ]
-            )
+            clean: tuple[Sequence[int], Sequence[bool]] = range(len(video.clips)), ()
+            plans = [
+                captioner.reader.plan_clips(video.video, [_range(video, i) for i in order], blank)
+                for order, blank in (clean, (draw.order.order, draw.order.blank))
+            ]
+            groups.append([Request((plan,), prompt) for plan in plans])
         except InputError as e:
             captioner.fail(video, str(e))
             groups.append(None)
@@ -262,8 +263,9 @@ def _record(
             continue
         order = draw.order
         one = Rejected(
-            draw.text, draw.kind, draw.r, list(order.order), order.broken, order.kept, of_rejected, of_chosen
-        )
+            draw.text, draw.kind, draw.r, list(order.order), order.broken, order.kept, of_rejected, of_chosen,
+            list(order.blank),
+        )  # fmt: skip
         rejected.append(one)
         tally.add(chosen, one)
     if not rejected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from tempo_fast.perturb import KINDS
+from tempo_fast.perturb import EDITS, KINDS
 from tempo_fast.report.load import RunFiles
 from tempo_fast.report.svg import Series, line_chart
 
@@ -16,8 +16,9 @@ def curve_section(run: RunFiles) -> str:
     """Loss, margin, accuracy, KL and log-probabilities over the stages; SFT and its control beside them."""
     if not run.metrics:
         return "<p class='gap'>No training metrics yet: run the step train.</p>"
-    kinds = [k for k in KINDS if any(f"rewards/accuracies/{k}" in row for s in run.stages for row in run.metrics[s])]
-    by_kind: Keys = [(f"rewards/accuracies/{k}", k, f"c{2 + i} faint") for i, k in enumerate(kinds)]
+    seen = {key for stage in run.stages for row in run.metrics[stage] for key in row}
+    kinds = [k for k in KINDS + EDITS if f"rewards/accuracies/{k}" in seen]
+    by_kind: Keys = [(f"rewards/accuracies/{k}", k, f"c{2 + i % 3} faint") for i, k in enumerate(kinds)]
     both: list[tuple[str, str]] = [("chosen", "c1"), ("rejected", "c2")]
     charts = [
         _chart(run, "Loss", [("loss", "loss", "c1")]),

@@ -9,7 +9,7 @@ from typing import Any
 
 from tempo_fast import __version__
 from tempo_fast.config import RunConfig
-from tempo_fast.perturb import KINDS
+from tempo_fast.perturb import EDITS, KINDS
 from tempo_fast.report.curves import curve_section
 from tempo_fast.report.load import RunFiles
 from tempo_fast.report.results import evaluation_section, label
@@ -155,7 +155,7 @@ def _audit(run: RunFiles) -> str:
     stats = run.audit.get("stats") or {}
     if not stats:
         return gap("No audit yet: run the step pairs")
-    kinds = [k for k in KINDS if any(k in per for per in stats.values())]
+    kinds = [k for k in KINDS + EDITS if any(k in per for per in stats.values())]
     rows = []
     for r in sorted(stats, key=int, reverse=True):
         for i, kind in enumerate(k for k in kinds if k in stats[r]):

@@ -87,7 +87,7 @@ def record_card(run: RunFiles, record: PreferenceRecord, sheet: Sheet, most: int
     parts.append(_row("chosen", "in order", names, list(range(n)), record.chosen, record.spans, most, shape))
     for x in record.rejected:
         detail = f"{x.broken:.0%} of adjacencies broken" if x.kind != "drop" else f"{x.kept:.0%} of clips kept"
-        parts.append(_row(x.kind, detail, names, x.order, x.text, x.spans, most, shape))
+        parts.append(_row(x.kind, detail, names, x.order, x.text, x.spans, most, shape, x.blank))
     return "".join(parts) + "</article>"
 
 
@@ -107,7 +107,15 @@ def _shape(clips: Clips) -> str:
 
 
 def _row(
-    kind: str, detail: str, names: list[str], order: list[int], text: str, spans: list[list[int]], most: int, shape: str
+    kind: str,
+    detail: str,
+    names: list[str],
+    order: list[int],
+    text: str,
+    spans: list[list[int]],
+    most: int,
+    shape: str,
+    blank: Sequence[bool] = (),
 ) -> str:
     sentences = events_of(text)
     told = sentences if len(sentences) == len(order) else []
@@ -116,9 +124,8 @@ def _row(
         picked = sorted({round(i * (len(order) - 1) / (most - 1)) for i in range(most)})  # type: ignore[assignment]
     frames = []
     for i in picked:
-        picture = (
-            f'<i class="{names[order[i]]}" style="aspect-ratio:{shape}"></i>' if order[i] < len(names) else "<i></i>"
-        )
+        name = "blank" if blank and blank[i] else names[order[i]] if order[i] < len(names) else ""
+        picture = f'<i class="{name}" style="aspect-ratio:{shape}"></i>' if name else "<i></i>"
         moved = "" if kind in ("chosen", "drop") or order[i] == i else " moved"
         caption = f"<span>{escape(told[i])}</span>" if told else ""
         frames.append(f'<li class="{moved.strip()}">{picture}<b>{order[i] + 1}</b>{caption}</li>')

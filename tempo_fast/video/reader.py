@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,9 +30,9 @@ from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_m
 class FramePlan:
     """What will be read: everything that decides the pixels, before any is decoded.
 
-    ``indices`` frame numbers in the order shown; ``timestamps`` seconds, ascending; ``fps`` frames over the seconds
-    they stand for; ``height`` and ``width`` pixels after resizing; ``rule`` sampling, resize, the decoder and colour
-    route really used for this file, and pixel budget, as text.
+    ``indices`` frame numbers in the order shown, ``blank`` which of them are shown black (empty: none); ``timestamps``
+    seconds, ascending; ``fps`` frames over the seconds they stand for; ``height`` and ``width`` pixels after resizing;
+    ``rule`` sampling, resize, the decoder and colour route really used for this file, and pixel budget, as text.
     """
 
     path: str
@@ -44,13 +44,15 @@ class FramePlan:
     width: int
     grid: Grid
     rule: str
+    blank: tuple[bool, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """SHA-256 (hex) of all of the above but the path: the same bytes under another name are the same video."""
         times = [round(t, 6) for t in self.timestamps]
         size = [self.height, self.width, list(self.grid)]
-        return digest([self.digest, self.indices, times, round(self.fps, 6), *size, self.rule])
+        blank = [self.blank] if any(self.blank) else []
+        return digest([self.digest, self.indices, times, round(self.fps, 6), *size, self.rule, *blank])
 
     @property
     def timing(self) -> Timing:
@@ -114,22 +116,25 @@ class VideoReader:
         self._check_range(info, start_frame, end_frame)
         return self._plan_sampled(info, start_frame, end_frame, self.geometry.temporal)
 
-    def plan_clips(self, path: str | os.PathLike[str], ranges: Sequence[tuple[int, int]]) -> FramePlan:
-        """Plan clips one after the other, in the order given: the perturbed video.
+    def plan_clips(
+        self, path: str | os.PathLike[str], ranges: Sequence[tuple[int, int]], blank: Sequence[bool] = ()
+    ) -> FramePlan:
+        """Plan clips one after the other, in the order given: the perturbed video. ``blank`` ones are shown black.
 
         Each clip is sampled as in ``plan_range``; more than ``max_frames`` in all are thinned evenly. Timestamps run on
         at the sampled rate, so that they do not give the perturbation away.
         """
         info = probe(path)
-        indices: list[int] = []
-        for start, end in ranges:
+        shown: list[tuple[int, bool]] = []
+        for (start, end), black in zip(ranges, blank or [False] * len(ranges), strict=True):
             self._check_range(info, start, end)
-            indices += self._sample(info, start, end, self.geometry.temporal)
-        if not indices:
+            shown += [(i, black) for i in self._sample(info, start, end, self.geometry.temporal)]
+        if not shown:
             raise InputError(f"{info.path}: no clips to show")
         most = max(self.geometry.temporal, self.config.max_frames // self.geometry.temporal * self.geometry.temporal)
-        indices = thin(indices, most)
-        return self._make(info, indices, self._even_times(len(indices)), self.config.fps)
+        indices, black_ones = zip(*thin(shown, most), strict=True)
+        plan = self._make(info, indices, self._even_times(len(indices)), self.config.fps)
+        return replace(plan, blank=black_ones) if any(black_ones) else plan
 
     def frames(self, plan: FramePlan) -> Tensor:
         """uint8 [F, H, W, 3] at native size, on the decoder's device. Raises DecodeError."""
@@ -170,6 +175,13 @@ class VideoReader:
 
     def resized(self, plan: FramePlan) -> Tensor:
         """uint8 [F, plan.height, plan.width, 3] on the reader's device: what the model sees. Raises DecodeError."""
+        frames = self._resized(plan)
+        if any(plan.blank):
+            frames = frames.clone()  # it may be the decoder's own
+            frames[torch.tensor(plan.blank, device=frames.device)] = 0
+        return frames
+
+    def _resized(self, plan: FramePlan) -> Tensor:
         frames = self.frames(plan).to(self.device)
         if plan.height * plan.width < frames.shape[1] * frames.shape[2] and len(set(plan.indices)) < len(plan.indices):
             # Repeats are resized once.

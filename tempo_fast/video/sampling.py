@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from tempo_fast.config import VideoConfig
 from tempo_fast.models.family import VideoGeometry
+
+T = TypeVar("T")
 
 RULES = ("qwen_vl_utils", "hf_qwen2_vl", "hf_qwen3_vl", "hf_uniform", "hf_internvl")
 _MAX_ASPECT = 200
@@ -89,11 +92,11 @@ def spread(start: int, end: int, n: int) -> list[int]:
     return torch.linspace(start, end - 1, n).round().long().tolist()
 
 
-def thin(indices: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of the indices, evenly chosen, order kept."""
-    if len(indices) <= most:
-        return list(indices)
-    return [indices[i] for i in spread(0, len(indices), most)]
+def thin(shown: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of what is shown, evenly chosen, order kept."""
+    if len(shown) <= most:
+        return list(shown)
+    return [shown[i] for i in spread(0, len(shown), most)]
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

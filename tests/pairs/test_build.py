@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tempo_fast.config import PairsConfig
+from tempo_fast.config import PairsConfig, RunConfig
 from tempo_fast.errors import InputError
 from tempo_fast.generation import AnswerCache
 from tempo_fast.pairs.aggregate import clean_caption, join_captions
@@ -24,6 +25,7 @@ from tempo_fast.pairs.build import make_pairs
 from tempo_fast.pairs.captions import Captioner, windows_of
 from tempo_fast.pairs.filters import coinciding, reject_reason
 from tempo_fast.pairs.spans import differing_spans
+from tempo_fast.perturb import EDITS
 from tempo_fast.prompts import CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT
 from tempo_fast.schema import Clip, Clips, PreferenceRecord, read_records
 
@@ -51,8 +53,9 @@ class ClipReader:
     def plan_range(self, path, start, end):
         return ClipPlan(path, (start // 10,))
 
-    def plan_clips(self, path, ranges):
-        return ClipPlan(path, tuple(start // 10 for start, _ in ranges))
+    def plan_clips(self, path, ranges, blank=()):
+        shown = zip(ranges, blank or [False] * len(ranges), strict=True)
+        return ClipPlan(path, tuple(-1 if black else start // 10 for (start, _), black in shown))
 
 
 def say(clip: int) -> str:
@@ -198,6 +201,31 @@ def test_video_answers_are_made_the_same_way_on_both_sides(tmp_path, instruction
     clean = [r for r in engine.asked if r.plans[0].clips == whole[r.plans[0].video]]
     assert len(clean) == len({(r.prompt, r.plans[0].video) for r in clean})  # asked once for all kinds and stages
     assert (len(clean) == len(many)) == (instruction == "per_video")
+
+
+def test_whole_videos_are_edited_in_every_way_but_a_splice(tmp_path):
+    """The caption of the edited video says what was shown, and the record how it came about."""
+    kinds = [k for k in EDITS if k != "splice"]
+    config = replace(CONFIG, perturb_on="frames", frames_answer="video", kinds=kinds, max_length_ratio=9.0)
+    RunConfig(pairs=config).validate()
+    many = [video(f"{i}.mp4", 6 + i) for i in range(6)]
+    records, audit = make_pairs(many, Scripted(), ClipReader(), config, tmp_path)
+    seen = Counter()
+    for x in (x for rows in records.values() for record in rows for x in record.rejected):
+        assert not x.blank or len(x.blank) == len(x.order)
+        shown = [-1 if black else i for i, black in zip(x.order, x.blank or [False] * len(x.order), strict=True)]
+        assert x.text == " ".join(say(i) for i in shown)
+        assert bool(x.blank) == x.kind.startswith("mask") and x.broken > 0
+        seen[x.kind] += 1
+    assert set(seen) == set(kinds)
+    assert set(audit["stats"]["16"]) == set(kinds)
+
+
+@pytest.mark.parametrize("change", [{"kinds": ["splice"]}, {"frames_answer": "windows"}, {"perturb_on": "captions"}])
+def test_edits_need_whole_videos_and_one_video(change):
+    config = PairsConfig(**{"perturb_on": "frames", "frames_answer": "video", "kinds": ["mask", "drop"], **change})
+    with pytest.raises(InputError, match="pairs.kinds must be of drop, shuffle, reverse"):
+        RunConfig(pairs=config).validate()
 
 
 def test_a_video_of_which_nothing_is_said_is_left_out(tmp_path):

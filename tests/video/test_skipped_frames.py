@@ -1,4 +1,4 @@
-"""Frames that nothing refers to are left out on the way to the one that is wanted: every pixel as if all were decoded."""
+"""Frames that nothing refers to are left out on the way to a wanted one: every pixel as if all were decoded."""
 
 from __future__ import annotations
 

@@ -61,6 +61,20 @@ def test_perturbed_clips_follow_one_another_in_even_time(reader, plain, counter)
     assert torch.equal(small.pixels(plan), by_hand)
 
 
+def test_blank_clips_are_black_and_another_video(reader, plain, counter):
+    ranges, blank = [(0, 20), (20, 40), (40, 60)], [False, True, False]
+    clean, plan = reader.plan_clips(plain, ranges), reader.plan_clips(plain, ranges, blank)
+    assert reader.plan_clips(plain, ranges, [False] * 3) == clean and plan.key != clean.key
+    hidden = torch.tensor([20 <= i < 40 for i in plan.indices])
+    assert plan.blank == tuple(hidden.tolist()) and (plan.indices, plan.timestamps) == (clean.indices, clean.timestamps)
+    seen, whole = reader.resized(plan), reader.resized(clean)
+    assert not seen[hidden].any() and torch.equal(seen[~hidden], whole[~hidden])
+    assert torch.equal(reader.resized(clean), whole)  # a shared decode would be left as it was
+    assert torch.equal(reader.pixels(plan), to_patches(seen, reader.geometry))
+    with pytest.raises(ValueError):
+        reader.plan_clips(plain, ranges, [True])
+
+
 def test_too_many_clips_are_thinned(plain, geometry):
     reader = VideoReader(VideoConfig(backend="pyav", fps=30.0, max_frames=9), geometry)
     plan = reader.plan_clips(plain, [(30, 60), (0, 30)])

@@ -68,7 +68,7 @@ $(VENV)/.demo: setup.py pyproject.toml | $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install --quiet -e ".[dev,deepspeed]"
+	$(PIP) install --quiet -e ".[dev,deepspeed,dali]"
 	@touch $@ $(VENV)/.lint
 
 $(VENV)/.lint: | $(VENV)/.venv

@@ -1,4 +1,5 @@
-"""What transformers' own Qwen2-VL video processor makes of a few videos, sizes and frame rates; kept beside this file.
+"""What transformers' own video processors of Qwen2-VL and its successors make of a few videos, and the first also of
+sizes and frame rates; kept beside this file.
 
 The processor needs torchvision, and an installed torchvision whose compiled part does not load beside a CPU build of
 torch breaks every import of transformers' models. So its results are kept, and made anew with torchvision in a folder
@@ -13,6 +14,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,12 @@ KEPT = Path(__file__).with_suffix(".safetensors")
 FPS = 3.0
 # (frames, height, width, most pixels of a frame): enlarged, shrunk, an odd number of frames
 VIDEOS = [(4, 50, 70, 28 * 28 * 6), (5, 110, 150, 28 * 28 * 4), (1, 63, 41, 28 * 28 * 4)]
+# the same for the processors that transformers names for Qwen2-VL's successors; Qwen3-VL's counts the pixels of all
+# frames. An odd number of frames, shrunk, in each; enlarged in Qwen3-VL's too
+SUCCESSORS = {
+    "qwen2_5_vl": [(3, 110, 150, 28 * 28 * 4)],
+    "qwen3_vl": [(2, 40, 56, 2 * 64 * 96), (3, 110, 150, 11200)],
+}
 SIZES = [(1, 3136, 602112), (2, 4 * 28 * 28, 28 * 28 * 9)]
 
 
@@ -64,32 +72,32 @@ def samplings() -> list[tuple[int, float, float]]:
     ]
 
 
-def pixel_values(kept: dict[str, Tensor], i: int) -> Tensor:
+def pixel_values(kept: dict[str, Tensor], i: int, model: str = "") -> Tensor:
     """The processor's float32 [P, C*t*p*p] of video ``i``: per channel at most 256 values, and codes into them."""
-    return torch.stack([kept[f"table{i}.{c}"][kept[f"codes{i}.{c}"].long()] for c in range(3)], dim=1).flatten(1)
+    name = f"{model}." if model else ""
+    channels = [kept[f"{name}table{i}.{c}"][kept[f"{name}codes{i}.{c}"].long()] for c in range(3)]
+    return torch.stack(channels, dim=1).flatten(1)
 
 
 def by_processor() -> dict[str, Tensor]:
     """Pixel values (see ``pixel_values``), grids, sizes, sampled frames."""
     _declare_operators()
+    from transformers.models.auto.video_processing_auto import (
+        VIDEO_PROCESSOR_MAPPING_NAMES,
+        video_processor_class_from_name,
+    )
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor, smart_resize
     from transformers.video_utils import VideoMetadata
 
     processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=False)
     out: dict[str, Tensor] = {}
     for i, (n, h, w, most) in enumerate(VIDEOS):
-        made = processor(
-            videos=[frames(n, h, w).permute(0, 3, 1, 2)],
-            size={"shortest_edge": 56 * 56, "longest_edge": most},
-            return_tensors="pt", do_sample_frames=False, cap_pixels_per_frame=False,
-        )  # fmt: skip
-        out[f"grid{i}"] = made["video_grid_thw"]
-        channels = made["pixel_values_videos"].unflatten(1, (3, -1)).unbind(1)
-        for c, values in enumerate(channels):
-            table, codes = torch.unique(values, return_inverse=True)
-            assert len(table) <= 256
-            out |= {f"table{i}.{c}": table, f"codes{i}.{c}": codes.to(torch.uint8)}
-        assert torch.equal(pixel_values(out, i), made["pixel_values_videos"])
+        out |= _processed(processor, i, frames(n, h, w), {"shortest_edge": 56 * 56, "longest_edge": most})
+    for model, videos in SUCCESSORS.items():
+        named = video_processor_class_from_name(VIDEO_PROCESSOR_MAPPING_NAMES[model]["torchvision"])
+        for i, (n, h, w, pixels) in enumerate(videos):
+            edges = {"shortest_edge": pixels if model == "qwen3_vl" else 56 * 56, "longest_edge": pixels}
+            out |= _processed(named(cap_pixels_per_frame=False), i, frames(n, h, w), edges, model)
     resized = [smart_resize(h, w, 28, least, most) for h, w, least, most in sizes()]
     out["sizes"] = torch.tensor(resized, dtype=torch.int16)
     sampled = []
@@ -99,6 +107,22 @@ def by_processor() -> dict[str, Tensor]:
         sampled.append(found.to(torch.int16) if isinstance(found, Tensor) else torch.tensor(found.tolist()).short())
     out["sampled"] = torch.cat(sampled)
     out["n_sampled"] = torch.tensor([len(s) for s in sampled], dtype=torch.int16)
+    return out
+
+
+def _processed(processor: Any, i: int, video: Tensor, edges: dict[str, int], model: str = "") -> dict[str, Tensor]:
+    """``grid``, ``table`` and ``codes`` of one video, names as ``pixel_values`` reads them."""
+    made = processor(
+        videos=[video.permute(0, 3, 1, 2)], size=edges, return_tensors="pt", do_sample_frames=False,
+        cap_pixels_per_frame=False,
+    )  # fmt: skip
+    name = f"{model}." if model else ""
+    out = {f"{name}grid{i}": made["video_grid_thw"]}
+    for c, values in enumerate(made["pixel_values_videos"].unflatten(1, (3, -1)).unbind(1)):
+        table, codes = torch.unique(values, return_inverse=True)
+        assert len(table) <= 256
+        out |= {f"{name}table{i}.{c}": table, f"{name}codes{i}.{c}": codes.to(torch.uint8)}
+    assert torch.equal(pixel_values(out, i, model), made["pixel_values_videos"])
     return out
 
 

@@ -40,6 +40,38 @@ def test_resize_treats_frames_one_by_one():
     assert all(torch.equal(resize(frames[i : i + 1], 28, 56)[0], together[i]) for i in range(5))
 
 
+# Up, down, one axis, sides of a pixel, an odd crop of larger frames.
+@pytest.mark.parametrize(
+    "source, target", [((64, 96), (57, 131)), ((37, 53), (37, 28)), ((5, 1), (9, 3)), ((1, 7), (2, 5))]
+)
+def test_resize_is_torchs_of_contiguous_channels_too(source, target):
+    """As the Hugging Face processors call it; ours is called on channels last, which is faster."""
+    whole = _noise(5, 3, source[0] + 2, source[1] + 4, 3)
+    for frames in (whole[:, 1:-1, 2:-2], whole[:, 1:-1, 2:-2].contiguous()):
+        x = frames.permute(0, 3, 1, 2).contiguous()
+        theirs = torch.nn.functional.interpolate(x, size=target, mode="bicubic", antialias=True)
+        got = resize(frames, *target)
+        assert got.is_contiguous() and torch.equal(got.permute(0, 3, 1, 2), theirs)
+
+
+@pytest.mark.parametrize("source, target", [((64, 96), (56, 84)), ((33, 47), (84, 56))])
+def test_resize_on_other_devices_is_the_same_arithmetic(source, target):
+    """The way a device without the CPU's operator takes, run here."""
+    from tempo_kernels.resize import resize as on_a_device
+
+    frames = _noise(6, 2, *source, 3)
+    assert torch.equal(on_a_device(frames, *target), resize(frames, *target))
+
+
+def test_chosen_and_black_frames():
+    geometry = VideoGeometry(4, 2, 2, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    frames, index, blank = _noise(7, 4, 8, 16, 3), torch.tensor([3, 0, 0]), torch.tensor([False, True, False])
+    copied = frames[index]
+    copied[1] = 0
+    got = to_patches(frames, geometry, torch.bfloat16, index=index, blank=blank)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, to_patches(copied, geometry, torch.bfloat16))
+
+
 def test_resize_refuses_floats():
     with pytest.raises(ValueError, match="uint8"):
         resize(torch.zeros(1, 8, 8, 3), 4, 4)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tempo_fast.video.container import DecodeError, open_video
 from tempo_fast.video.decoder import Item, one_by_one, pick
-from tempo_fast.video.display import display_transform
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
 _Frames = Callable[[], Iterator[Any]]
@@ -145,9 +144,10 @@ class PyAVDecoder:
 
 
 def to_rgb(info: VideoInfo, frame: Any) -> np.ndarray:
-    """uint8 [H, W, 3] as displayed. Raises DecodeError when the picture size changes inside the file."""
-    # each frame's own matrix, which a stream can change
-    image = display_transform(info.path, frame).apply(frame.to_ndarray(format="rgb24"))
+    """uint8 [H, W, 3] as displayed. Raises DecodeError when the picture changes its size or turns inside the file."""
+    if frame.rotation != info.display.told:
+        raise DecodeError(f"{info.path}: the picture turns from {info.display.told} to {frame.rotation} degrees")
+    image = info.display.apply(frame.to_ndarray(format="rgb24"))
     if image.shape[:2] != (info.height, info.width):
         raise DecodeError(
             f"{info.path}: the picture changes from {info.width}x{info.height} to {image.shape[1]}x{image.shape[0]}"

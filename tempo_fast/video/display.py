@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DisplayTransform:
-    """Swap the axes, then flip columns, then rows."""
+    """Swap the axes, then flip columns, then rows. ``told`` is the rotation that FFmpeg tells with each frame."""
 
     swap: bool = False
     flip_x: bool = False
     flip_y: bool = False
+    told: int = 0
 
     @property
     def clockwise(self) -> int:
@@ -58,11 +59,11 @@ class DisplayTransform:
 def display_transform(path: str, frame: Any) -> DisplayTransform:
     """The frame's display matrix (a b u, c d v, x y w: x' = a x + c y, y' = b x + d y) as axis swap and flips.
 
+    Not for every frame of a file: a frame whose side data was looked at stays in memory until Python collects cycles.
+
     Raises:
         DecodeError: the matrix turns the picture by something else than quarter turns.
     """
-    if not frame.rotation and not len(frame.side_data):
-        return DisplayTransform()
     from av.sidedata.sidedata import Type
 
     data = frame.side_data.get(Type.DISPLAYMATRIX)
@@ -70,9 +71,9 @@ def display_transform(path: str, frame: Any) -> DisplayTransform:
         return DisplayTransform()
     a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
     if b == c == 0 and a and d:
-        return DisplayTransform(False, a < 0, d < 0)
+        return DisplayTransform(False, a < 0, d < 0, frame.rotation)
     if a == d == 0 and b and c:
-        return DisplayTransform(True, c < 0, b < 0)
+        return DisplayTransform(True, c < 0, b < 0, frame.rotation)
     raise DecodeError(
         f"{path}: its display matrix turns the picture by {frame.rotation} degrees; only quarter turns work"
     )

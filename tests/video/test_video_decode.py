@@ -210,3 +210,22 @@ def test_auto_says_once_what_it_took(caplog):
     with caplog.at_level(logging.INFO, logger="tempo_fast.video.decode"):
         assert open_decoder("auto").name == open_decoder("auto", "cpu").name == "pyav"
     assert [r.message for r in caplog.records] == ["video.backend auto: pyav (no CUDA device in use)"]
+
+
+@pytest.mark.parametrize("shape", ["h264_bframes", "h264_one_gop", "mpeg4_avi"], indirect=True)
+def test_decoded_frames_do_not_wait_for_the_garbage_collector(shape):
+    """PyAV's side data keeps its frame alive in a cycle: a gigabyte of large pictures before Python looks."""
+    import gc
+
+    info, decoder = probe(shape), PyAVDecoder()
+    gc.collect()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        decoder.decode(shape, range(info.n_frames))
+        gc.collect()
+        assert not [x for x in gc.garbage if type(x).__name__ == "VideoFrame"]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

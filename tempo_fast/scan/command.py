@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, Any
 from tempo_fast.config import TrainConfig, VideoConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, write_atomic, write_json, writing
-from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, VideoGeometry
-from tempo_fast.scan.pool import Outcome, run_isolated
+from tempo_fast.scan.pool import Outcome, run_isolated, warm_up
 from tempo_fast.scan.rows import Row, RowFile
 from tempo_fast.scan.sources import find_videos
 from tempo_fast.scan.summary import Summary
 
 if TYPE_CHECKING:
+    from tempo_fast.models.family import VideoGeometry
     from tempo_fast.scan.row import Decode, Job, Shared
     from tempo_fast.video.repair import RepairConfig
 
 log = logging.getLogger(__name__)
 
-QWEN2_VL = VideoGeometry(patch=14, merge=2, temporal=2, mean=CLIP_MEAN, std=CLIP_STD)
 _RULES = 1  # part of a row's settings: raise it when the same file must give another row
 
 
@@ -57,6 +56,7 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
         InputError: what was asked for cannot be done at all. Bad files are findings, not errors.
         Interrupted: SIGINT or SIGTERM came.
     """
+    warm_up(["tempo_fast.scan.row"])
     from tempo_fast.runtime.signals import Stopper
     from tempo_fast.video.decode import open_decoder
     from tempo_fast.video.repair import RepairConfig
@@ -145,9 +145,8 @@ class _Scan:
         workers = min(self.options.workers or _cores(), len(jobs))
         with progress(len(jobs), name, "video") as bar:
             found = run_isolated(
-                work, jobs, workers=workers, timeout=lambda job: job.limit_s, shared=shared, check=self.check,
-                preload=["tempo_fast.scan.row"],
-            )  # fmt: skip
+                work, jobs, workers=workers, timeout=lambda job: job.limit_s, shared=shared, check=self.check
+            )
             with closing(found):  # type: ignore[type-var]
                 for job, outcome in found:
                     yield job, outcome
@@ -248,8 +247,11 @@ def _write_list(path: Path, rows: Iterable[Row]) -> None:
 
 def _settings(recipe: str, overrides: Sequence[str]) -> tuple[VideoConfig, VideoGeometry, str, int]:
     """Configuration, geometry, the family whose geometry it is, and the most tokens of a row in training."""
+    from tempo_fast.models.family import CLIP_MEAN, CLIP_STD, VideoGeometry
+
+    qwen2_vl = VideoGeometry(patch=14, merge=2, temporal=2, mean=CLIP_MEAN, std=CLIP_STD)
     if not recipe and not overrides:
-        return VideoConfig(), QWEN2_VL, "qwen2_vl", TrainConfig().max_tokens
+        return VideoConfig(), qwen2_vl, "qwen2_vl", TrainConfig().max_tokens
     from tempo_fast.configio import load_config
     from tempo_fast.models.load import load_family, resolve_path
 
@@ -257,7 +259,7 @@ def _settings(recipe: str, overrides: Sequence[str]) -> tuple[VideoConfig, Video
     try:
         folder = resolve_path(config.model.path)
     except InputError:
-        return config.video, QWEN2_VL, "qwen2_vl", config.train.max_tokens
+        return config.video, qwen2_vl, "qwen2_vl", config.train.max_tokens
     family, hf_config = load_family(folder)
     geometry: Any = family.geometry(hf_config)
     return config.video, geometry, family.name, config.train.max_tokens

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -50,6 +51,15 @@ class _Worker:
     value: Any = None
 
 
+def warm_up(modules: Sequence[str]) -> None:
+    """Begin to import what workers need, once for all of them, while this process does other things. Only where
+    processes are forked; elsewhere each worker imports for itself."""
+    context = _context()
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(list(modules))
+        forkserver.ensure_running()
+
+
 def run_isolated(
     function: Callable[..., Any],
     jobs: Iterable[Any],
@@ -58,7 +68,6 @@ def run_isolated(
     timeout: Callable[[Any], float],
     shared: Any = None,
     check: Callable[[], None] = lambda: None,
-    preload: Sequence[str] = (),
 ) -> Iterator[tuple[Any, Outcome]]:
     """Yield (job, outcome) as jobs finish. Closing the iterator kills what is running.
 
@@ -70,15 +79,11 @@ def run_isolated(
         timeout: seconds a job may take, from its start in the worker.
         shared: picklable, given to every job.
         check: called ten times a second and more; may raise to stop.
-        preload: modules that workers need, imported once and inherited by all (where processes can be forked).
 
     Raises:
         InputError: a worker cannot start.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if preload and "forkserver" in methods:
-        context.set_forkserver_preload(list(preload))
+    context = _context()
     queue = iter(jobs)
     crew: list[_Worker] = []
     try:
@@ -109,6 +114,12 @@ def run_isolated(
             worker.process.kill()
         for worker in crew:
             _end(worker)
+
+
+def _context() -> Any:
+    """Forks of a process without threads of its own: as quick to start as a fork, as safe as a new interpreter."""
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
 def _start(context: Any, function: Callable[..., Any], shared: Any, job: Any) -> _Worker:

@@ -94,6 +94,31 @@ def test_facts_of_one_file(tmp_path, capsys):
     assert "a.mp4  h264   192x64   25     100      4.0   40" in capsys.readouterr().out
 
 
+def test_rows_are_kept_until_their_file_or_the_question_changes(tmp_path, capsys):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for i in range(4):
+        write_counter(videos / f"{i}.mp4", 30 + i)
+    out = tmp_path / "rows" / "rows.jsonl"
+
+    def again(*words: object) -> tuple[int, list[str]]:
+        assert scan(videos, "--out", out, "--workers", 1, *words) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        kept = int(last.rpartition(", ")[2].split()[0]) if "from before" in last else 0
+        return kept, out.read_text().splitlines()
+
+    kept, first = again()
+    assert kept == 0 and len(first) == 4 and again() == (4, first)
+    write_counter(videos / "1.mp4", 50)
+    os.utime(videos / "2.mp4", ns=(1, 1))
+    (videos / "3.mp4").unlink()
+    kept, second = again()
+    assert kept == 1 and second[0] == first[0] and len(second) == 3 and json.loads(second[1])["frames"] == 50
+    other = ("--video.fps", 8, "--model.path", "tinyworld")
+    assert again(*other)[0] == 0 and again(*other)[0] == 3 and again(*other, "--fresh")[0] == 0
+    assert again(*other, "--decode", "all")[0] == 0
+
+
 def test_the_summary_beside_the_rows(folder, tmp_path, capsys):
     out = tmp_path / "o.jsonl"
     recipe = tmp_path / "r.yaml"

@@ -13,7 +13,13 @@ import pytest
 import scan_jobs
 
 from tempo_fast.errors import InputError
-from tempo_fast.scan.pool import JOBS_PER_PROCESS, Outcome, run_isolated
+from tempo_fast.scan.pool import JOBS_PER_PROCESS, Outcome, run_isolated, warm_up
+
+
+@pytest.fixture(autouse=True, scope="module")
+def warm() -> None:
+    """A process forks all workers of a test run: what the first asks it to import is what it has for the others."""
+    warm_up(["tempo_fast.scan.row"])
 
 
 def alive(pid: int) -> bool:

@@ -103,29 +103,31 @@ class PyAVDecoder:
         self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any, decoded: _Frames
     ) -> Iterator[tuple[int, Any]]:
         frames: Iterator[Any] = iter(())
+        first = info.seek_ticks[0]
         at, from_start = -1, False  # the last frame number that came out; -1: nothing yet
-
-        def restart(seek_tick: int) -> Iterator[Any]:
-            # A seek that lands after the frame shows in the timestamps below; one that lands before costs only time.
-            container.seek(seek_tick, stream=stream)
-            stream.codec_context.flush_buffers()
-            return decoded()
-
         for index in distinct:
             k = max(0, bisect.bisect_right(info.keyframes, index) - 1)
+            # None goes on from where decoding stands. MP4 seeks by presentation time, and by decode time would land one
+            # keyframe early; others seek by decode time. A seek that lands after the frame shows in the timestamps, as
+            # does damage that only frames before the keyframe can mend: then from the first frame.
             if at < 0 or info.keyframes[k] > at + 1:
-                frames, from_start = restart(info.seek_ticks[k]), k == 0
-                at = -1
-            try:
-                found = self._advance(info, frames, index)
-            except av.error.FFmpegError:
-                if from_start:
-                    raise
-                found = None
-            if found is None and not from_start:
-                # Not where the index said, or damaged without its predecessors: decode from the first frame.
-                frames, from_start = restart(info.seek_ticks[0]), True
-                found = self._advance(info, frames, index)
+                starts: list[int | None] = [info.ticks[info.keyframes[k]], info.seek_ticks[k], first]
+            else:
+                starts = [None] if from_start else [None, first]
+            starts = list(dict.fromkeys(starts))
+            found = None
+            for start in starts:
+                if start is not None:
+                    container.seek(start, stream=stream)
+                    stream.codec_context.flush_buffers()
+                    frames, from_start = decoded(), start == first
+                try:
+                    found = self._advance(info, frames, index)
+                except av.error.FFmpegError:
+                    if start == starts[-1]:
+                        raise
+                if found is not None:
+                    break
             if found is None:
                 raise DecodeError(f"{info.path}: frame {index} cannot be decoded exactly")
             at = index

@@ -81,7 +81,7 @@ class Summary:
                 "together": sum(tokens), "max_tokens": self.max_tokens,
                 "over_max_tokens": sum(t > self.max_tokens for t in tokens),
             },
-            "decode": {"frames_to_decode": self.frames_to_decode, "core_s": round(self.decode_s, 2)},
+            "decode": {"frames_to_decode": self.frames_to_decode, "seconds": round(self.decode_s, 2)},
             "quarantine": [
                 {"reason": kind, "videos": n, "first": self.reasons[kind]} for kind, n in self.bad.most_common()
             ],
@@ -102,7 +102,7 @@ class Summary:
                 f"median {tokens['median']}, 95 % {tokens['p95']}, most {tokens['most']}, "
                 f"together {tokens['together']}; {tokens['over_max_tokens']} over train.max_tokens ({self.max_tokens})",
                 f"decoding the sampled frames once: {decode['frames_to_decode']} frames"
-                + (f", {decode['core_s']:.1f} s of one core here" if self.decode_s else ""),
+                + (f", about {decode['seconds']:.1f} s here" if self.decode_s else ""),
             ]
         if self.fixes:
             lines.append("repairs: " + ", ".join(f"{n} {kind}" for kind, n in self.fixes.most_common()))

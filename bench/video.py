@@ -4,12 +4,13 @@ Clips in ``bench.videos.clips`` (60 s of 1280x720 at 30 frames/s, made once into
 ``bench.videos.sides`` and ``bench.videos.peers``. Every side takes the same number of evenly spaced frames into the
 same pixel budget on the same cores (--threads), from a file in the page cache; of the settings that a side offers the
 fastest in warm-up is measured (``settings``, all in ``tried``). Ours has probed the file before, as in every epoch but
-the first; ``_cold`` sides have not. ``decode_only`` is the floor: the frames that must be decoded (``decoded``), none
+the first; ``_cold`` sides have not. ``decode_only`` is the floor: the frames that must be decoded (``must``), none
 converted; ``floor`` is its share of a side's time.
 
 ``over`` is a side's videos/s over each rival's, ``over_cpu`` the same by CPU time, for a machine that others load.
 ``split`` is milliseconds by section (a peer's ``processor`` rescales, normalises and patchifies, and resizes where no
-``resize`` stands), ``host_mib`` and ``peak_mib`` the highest resident and CUDA memory over what was there before.
+``resize`` stands), ``host_mib`` and ``peak_mib`` the highest resident memory and torch's CUDA memory (DALI's own pool is
+not in it) over what was there before.
 ``error`` is against ours on PyAV in levels of 255, at the frames that the side took; ``wrong`` there names another
 shape or other frames, and makes the exit code 1.
 
@@ -101,7 +102,7 @@ def measure_case(
         row["cpu_s"] = row["ms_cpu"] / 1e3
         row["videos_per_s"], row["frames_per_s"] = 1e3 / row["ms"], 1e3 * case.frames / row["ms"]
         row["split"] = {name: median(parts.get(name, 0.0) for parts in split) for name in split[0]}
-        row["decoded"] = case.clip.must_decode(list(read.indices))
+        row["must"] = case.clip.must_decode(list(read.indices))
     _ratios(rows)
     return rows
 
@@ -127,11 +128,10 @@ def _lap(read: Read, laps: Laps) -> None:
 
 
 def _fastest(side: Side, case: Case, row: Row, tries: int) -> Read:
-    """The side with the settings that were fastest, all of them in ``tried``; warm."""
-    choices = side.choices(case)
-    reads = [(side.open(case, settings), Laps()) for settings in choices]
-    reads[0][0]()
+    """The side with the settings that were fastest, all of them in ``tried``."""
+    reads = [(side.open(case, settings), Laps()) for settings in side.choices(case)]
     if len(reads) > 1:
+        reads[0][0]()
         for order in orders(len(reads), tries):
             for i in order:
                 _lap(*reads[i])
@@ -151,6 +151,7 @@ def _host_peak(read: Read) -> tuple[float | None, torch.Tensor | None]:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
+    gc.collect()  # frames may hang in cycles
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
@@ -205,7 +206,7 @@ def report(rows: Sequence[Row]) -> str:
         keys = ("over", "over_cpu")
         parts += [table(ours, ("case", "impl", *(f"{key}.{name}" for name in rivals))) for key in keys]
     names = list(dict.fromkeys(name for row in done for name in row["split"]))
-    parts.append(table([{**row, **row["split"]} for row in done], ("case", "impl", *names, "decoded", "route")))
+    parts.append(table([{**row, **row["split"]} for row in done], ("case", "impl", *names, "must", "route")))
     loader = [row for row in rows if "workers" in row]
     if loader:
         names = ["workers", "step_ms", "videos", "wait_frac", "wait_ms", "first_wait_ms", "cpu_s"]
@@ -245,6 +246,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--impls", nargs="+", choices=tuple(SIDES), default=list(SIDES), metavar="IMPL",
                         help=f"of {', '.join(SIDES)}")  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--tries", type=int, default=2, help="warm-up calls that choose a side's settings (default 2)")
     parser.add_argument("--threads", type=int, default=0, help="cores that every side may use; 0 is all of them")
     parser.add_argument("--minutes", type=float, default=0.0, help="start no side after this long; 0 is no limit")
     parser.add_argument("--loader", action="store_true", help="also the loader's waiting times")
@@ -253,8 +255,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
-    if args.repetitions < 1 or args.videos < 1 or min(args.step_ms) < 0:
-        parser.error("--repetitions and --videos must be at least 1, --step-ms at least 0")
+    if min(args.repetitions, args.tries, args.videos) < 1 or min(args.step_ms) < 0:
+        parser.error("--repetitions, --tries and --videos must be at least 1, --step-ms at least 0")
     if min(args.size) < 28 or any(n % 2 for n in args.size):
         parser.error("--size must be even numbers from 28")
     most = round(args.seconds * Clip("", 1).fps)
@@ -294,7 +296,7 @@ def main(arguments: list[str]) -> int:
                 mbit = path.stat().st_size * 8 / clip.seconds / 1e6
                 clips.append({"clip": name, "mbit_per_s": mbit, "keyframes": len(case.info.keyframes)})
             try:
-                rows += measure_case(case, sides, args.repetitions, deadline)
+                rows += measure_case(case, sides, args.repetitions, deadline, args.tries)
                 if args.loader:
                     for step_ms in args.step_ms:
                         rows += measure_loader(case, "pyav", step_ms, args.videos, (0, 1, 2))

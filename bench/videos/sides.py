@@ -194,7 +194,7 @@ class _DecodeOnlyRead(Read):
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for group, wanted in groups.items():
-                container.seek(info.seek_ticks[group], stream=stream)
+                container.seek(info.ticks[info.keyframes[group]], stream=stream)
                 stream.codec_context.flush_buffers()
                 self._group(container, stream, wanted)
 

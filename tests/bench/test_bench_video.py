@@ -110,7 +110,7 @@ def test_our_sides_make_the_readers_pixels(codec: str, folder: Path) -> None:
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["repetitions"] == 2
         assert row["frames_per_s"] == pytest.approx(FRAMES * row["videos_per_s"])
         assert 0 < sum(row["split"].values()) <= 1.05 * row["ms_max"]
-        assert row["decoded"] == case.clip.must_decode(list(case.plan.indices))
+        assert row["must"] == case.clip.must_decode(list(case.plan.indices))
     assert rows[0]["error"] == rows[1]["error"] == {"shift": 0, "max": 0.0, "mean": 0.0}
     assert rows[1]["split"]["probe"] > 0 and "probe" not in rows[0]["split"]
     assert {str(tried["skip"]) for tried in rows[2]["tried"]} == {"True", "False"}
@@ -294,7 +294,7 @@ def test_the_command_writes_rows_and_names_what_is_missing(tmp_path: Path) -> No
     if not torch.cuda.is_available():
         assert "dali-gpu" in rows["dali-gpu"]["skipped"] and "skipped dali-gpu: " in done.stdout
     for name in HERE:
-        assert {"ms", "cpu_s", "settings", "split", "decoded", "floor", "route"} <= set(rows[name])
+        assert {"ms", "cpu_s", "settings", "split", "must", "floor", "route"} <= set(rows[name])
     assert [row["workers"] for row in found["rows"] if "workers" in row] == [0, 1, 2]
     assert len(list((tmp_path / "clips").iterdir())) == 1  # the clip, kept for the next time
 
@@ -308,6 +308,7 @@ def test_the_command_writes_rows_and_names_what_is_missing(tmp_path: Path) -> No
         (["--frames", "64", "--seconds", "2"], "--frames"),
         (["--size", "63", "64"], "--size"),
         (["--repetitions", "0"], "--repetitions"),
+        (["--tries", "0"], "--tries"),
         (["--threads", "4096"], "--threads"),
         (["--videos", "0"], "--videos"),
     ],

@@ -15,8 +15,9 @@ from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
 
 class TorchCodecDecoder:
-    """Exact seek mode; every frame's timestamp must be the nearest to the probe's, since torchcodec's frame numbers go
-    wrong where a container hides packets. It applies quarter turns itself, mirror images it does not."""
+    """Exact seek mode; every frame's time must be nearest to the probe's for its number, since torchcodec's numbers go
+    wrong where a container hides packets, and its seeks in damaged AVI. It applies quarter turns itself, mirror images
+    it does not."""
 
     name = "torchcodec"
     route = "torchcodec"
@@ -38,6 +39,8 @@ class TorchCodecDecoder:
             return "torchcodec does not mirror pictures"
         if info.video_streams > 1:
             return "torchcodec may take another of several video streams"
+        if not info.indexed:
+            return "torchcodec needs packets that are one shown frame each, with a time of its own"
         return ""
 
     def decode_many(self, items: Sequence[Item]) -> list[Tensor | DecodeError]:

@@ -1,0 +1,263 @@
+"""Files that a decoder gets wrong go to PyAV, under its name; batches keep failures apart; one decode for all plans."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from counter_clips import hide_first, read_counter, turned, upright, write_counter
+
+from tempo_fast.config import VideoConfig
+from tempo_fast.video import decode as decode_module
+from tempo_fast.video import probe as probe_module
+from tempo_fast.video.container import DecodeError
+from tempo_fast.video.decode import available_backends, decoder_for, open_decoder
+from tempo_fast.video.decode_pyav import PyAVDecoder
+from tempo_fast.video.decoder import one_by_one
+from tempo_fast.video.packets import Packet, dense_keyframes, read_packet
+from tempo_fast.video.probe import content_digest, probe
+from tempo_fast.video.reader import VideoReader
+
+DALI = pytest.mark.skipif(bool(available_backends()["dali-cpu"]), reason="needs DALI")
+
+
+class Picky(PyAVDecoder):
+    """A decoder of another name that refuses edit lists."""
+
+    name = route = "picky"
+
+    def refuses(self, info: Any) -> str:
+        return "picky counts what an edit list hides" if info.has_edit_list else ""
+
+
+@pytest.fixture
+def cut(tmp_path) -> Path:
+    return hide_first(write_counter(tmp_path / "cut.mp4", 40, bframes=2), 5)
+
+
+@pytest.fixture
+def reader(geometry):
+    reader = VideoReader(VideoConfig(backend="pyav", fps=5.0), geometry)
+    reader.decoder = Picky()
+    return reader
+
+
+def test_the_plan_names_the_decoder_that_reads_the_file(reader, cut, plain, caplog):
+    decode_module._announce_other.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="tempo_fast.video.decode"):
+        plans = [reader.plan(cut), reader.plan(cut, [3, 1]), reader.plan(plain)]
+        frames = reader.frames_many(plans)
+    said = [r.message for r in caplog.records]
+    assert said == ["video.backend picky: picky counts what an edit list hides; such files are decoded by pyav"]
+    assert ["decoder=pyav;color=pyav/swscale:" in p.rule for p in plans] == [True, True, False]
+    assert "decoder=picky;color=picky:" in plans[2].rule
+    for plan, got, hidden in zip(plans, frames, (5, 5, 0), strict=True):
+        assert read_counter(got) == [i + hidden for i in plan.indices]
+    reader.decoder = PyAVDecoder()
+    assert reader.plan(cut).key == plans[0].key and reader.plan(plain).key != plans[2].key
+
+
+def test_plans_of_a_file_share_one_decode(geometry, tmp_path, plain, monkeypatch):
+    reader = VideoReader(VideoConfig(backend="pyav", fps=6.0), geometry)
+    other = write_counter(tmp_path / "other.mp4", 30)
+    plans = [reader.plan(plain), reader.plan_clips(plain, [(40, 60), (0, 20)])]
+    plans += [reader.plan(other), reader.plan(plain, [7, 7])]
+    seen: list[tuple[str, list[int]]] = []
+    decode = PyAVDecoder.decode
+
+    def spy(self, path, indices):
+        seen.append((str(path), list(indices)))
+        return decode(self, path, indices)
+
+    monkeypatch.setattr(PyAVDecoder, "decode", spy)
+    together = reader.frames_many(plans)
+    assert [path for path, _ in seen] == [str(plain), str(other)]
+    assert seen[0][1] == sorted({i for k in (0, 1, 3) for i in plans[k].indices})
+    for plan, frames in zip(plans, together, strict=True):
+        assert torch.equal(frames, reader.frames(plan)) and read_counter(frames) == list(plan.indices)
+
+
+def test_a_failure_is_a_value_in_its_place(reader, plain, tmp_path):
+    gone, changed = tmp_path / "gone.mp4", tmp_path / "changed.mp4"
+    for path in (gone, changed):
+        path.write_bytes(plain.read_bytes())
+    plans = [reader.plan(plain, [4]), reader.plan(gone, [1]), reader.plan(changed), reader.plan(changed, [2])]
+    gone.unlink()
+    write_counter(changed, 20)
+    good, *bad = reader.frames_many(plans)
+    assert read_counter(good) == [4]
+    for error, words in zip(bad, ("gone.mp4: no such file", *["changed.mp4: the file has changed"] * 2), strict=True):
+        assert isinstance(error, DecodeError) and words in str(error)
+    with pytest.raises(DecodeError, match="gone.mp4: no such file"):
+        reader.frames(plans[1])
+
+
+def test_pixels_in_another_dtype(geometry, plain):
+    reader = VideoReader(VideoConfig(backend="pyav", fps=2.0), geometry)
+    plan = reader.plan(plain)
+    assert torch.equal(reader.pixels(plan, torch.bfloat16), reader.pixels(plan).to(torch.bfloat16))
+
+
+def test_decoding_ends_at_its_deadline(plain):
+    slow = open_decoder("pyav", timeout_s=0.0)
+    with pytest.raises(DecodeError, match=r"plain\.mp4: decoding took longer than 0 s"):
+        slow.decode(plain, [50])
+    assert read_counter(open_decoder("pyav", timeout_s=60.0).decode(plain, [50])) == [50]
+    first, second = one_by_one(slow, [(plain, [3]), (plain, [99])])
+    assert "took longer" in str(first) and "frame 99 does not exist" in str(second)
+
+
+def test_same_size_and_time_do_not_hide_another_content(tmp_path):
+    path = write_counter(tmp_path / "c.mp4", 20)
+    before, stat = probe(path), os.stat(path)
+    for at in (-1, len(path.read_bytes()) // 3):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        try:
+            assert probe(path).digest != before.digest
+        except DecodeError:
+            pass
+
+
+def test_a_file_is_hashed_once(tmp_path, monkeypatch):
+    hashed: list[str] = []
+    whole = probe_module.file_digest
+    monkeypatch.setattr(probe_module, "file_digest", lambda path: hashed.append(str(path)) or whole(path))
+    path = write_counter(tmp_path / "h.mp4", 20)
+    info = probe(path)
+    probe_module._probe.cache_clear()
+    assert probe(path) == info and content_digest(path) == info.digest == whole(path)
+    assert hashed == [str(path)]
+
+
+def test_what_the_probe_tells_of_the_stream(tmp_path):
+    path = write_counter(
+        tmp_path / "c.mp4", 20, bframes=2,
+        options={"profile": "main", "x264-params": "colorprim=bt709:transfer=bt709:colormatrix=bt709:fullrange=off"},
+    )  # fmt: skip
+    info = probe(path)
+    assert (info.profile, info.pix_fmt, info.interlaced, info.video_streams) == ("Main", "yuv420p", False, 1)
+    assert (info.color_space, info.color_primaries, info.color_transfer, info.color_range) == (
+        "bt709", "bt709", "bt709", "limited",
+    )  # fmt: skip
+    plain = probe(write_counter(tmp_path / "p.webm", 20, codec="libvpx-vp9"))
+    assert (plain.color_primaries, plain.color_transfer) == ("unspecified", "unspecified")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(DecodeError, match="pipe.mp4: is a pipe or a device"):
+        probe(tmp_path / "pipe.mp4")
+
+
+def test_what_packets_tell_without_decoding(tmp_path):
+    def info(name: str, **arguments: Any) -> Any:
+        return probe(write_counter(tmp_path / name, 40, **arguments))
+
+    x265 = {"codec": "libx265", "bframes": 3}
+    params = "log-level=none:bframes=3:keyint=12:min-keyint=12:open-gop="
+    assert info("open.mp4", **x265, options={"x265-params": params + "1"}).open_gop
+    assert not info("closed.mp4", **x265, options={"x265-params": params + "0"}).open_gop
+    again, coded = info("again.mp4", codec="libsvtav1"), info("coded.mp4", codec="libvpx-vp9")
+    assert again.shows_again and again.indexed and not coded.shows_again
+    assert info("seen.webm", codec="libvpx").indexed
+    assert not info("apart.mp4", bframes=2, gop=12).dense_keyframes
+    # a picture coded at 3 and shown at 5; a keyframe coded at 4
+    key = Packet(5, 3, 1, 9, True, False, True, True)
+    assert dense_keyframes([key, key._replace(pts=6, dts=4)])
+    assert not dense_keyframes([key, key._replace(pts=8, dts=6)])
+
+
+def test_vp8_pictures_that_only_serve_as_references_are_no_frames(tmp_path):
+    path = write_counter(tmp_path / "v.webm", 30, codec="libvpx")
+    with av.open(str(path)) as file:
+        coded = [bytes(p) for p in file.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    data[data.index(coded[7])] &= ~0x10  # show_frame
+    path.write_bytes(data)
+    info = probe(path)
+    assert (info.n_frames, info.indexed) == (29, False)
+    assert read_counter(PyAVDecoder().decode(path, range(29))) == [*range(7), *range(8, 30)]
+    for backend in ("dali-cpu", "torchcodec"):
+        if not available_backends()[backend]:
+            assert "one shown frame each" in open_decoder(backend).refuses(info)
+
+
+@pytest.mark.parametrize(("head", "again"), [(0x88, True), (0x80, False), (0xB4, True), (0xB8, False), (0x82, False)])
+def test_vp9_headers_that_show_a_frame_again(head, again):
+    """Marker 10, profile 0 or 3 (which has one more bit), then the bit."""
+
+    class Whole(bytearray):
+        size, pts, dts, duration, is_keyframe, is_discard = 1, 0, 0, 1, False, False
+
+    assert read_packet("vp9", Whole([head])).coded is not again
+
+
+@DALI
+def test_dali_keeps_the_files_of_a_batch_apart(tmp_path):
+    """Eleven files are two runs; three of them are no good in three ways, one of which only shows while decoding."""
+    paths = [write_counter(tmp_path / f"{k}.webm", 20 + k, codec="libvpx-vp9", gop=50) for k in range(10)]
+    broken = bytearray(paths[4].read_bytes())
+    probe(paths[4])
+    packets = _packet_places(paths[4])
+    at, size = packets[8]
+    broken[at + 12 : at + 12 + size // 2] = bytes(size // 2)
+    paths[4].write_bytes(broken)
+    paths.append(write_counter(tmp_path / "h264.mp4", 20))
+    items = [(path, [19, 2, 2]) for path in paths]
+    items[7] = (paths[7], [0, 99])
+    decoder = open_decoder("dali-cpu")
+    out = decoder.decode_many(items)
+    assert [k for k, x in enumerate(out) if isinstance(x, DecodeError)] == [4, 7, 10]
+    assert "4.webm: " in str(out[4]) and "frame 99 does not exist" in str(out[7])
+    assert "dali-cpu reads VP8, VP9 and MJPEG only, not h264" in str(out[10])
+    for k in (0, 1, 2, 3, 5, 6, 8, 9):
+        assert read_counter(out[k]) == [19, 2, 2]
+
+
+def _packet_places(path: Path) -> list[tuple[int, int]]:
+    with av.open(str(path)) as file:
+        return [(p.pos, p.size) for p in file.demux(video=0) if p.size]
+
+
+@DALI
+@pytest.mark.parametrize("name", ["clockwise", "half", "counterclockwise", "mirrored", "upside_down"])
+def test_dali_leaves_pictures_as_stored_and_we_turn_them(name, tmp_path):
+    path = write_counter(tmp_path / "t.webm", 20, codec="libvpx-vp9", **turned(name))
+    frames = open_decoder("dali-cpu").decode(path, [19, 4, 4, 0])
+    assert read_counter(frames) == [19, 4, 4, 0] and upright(frames) and frames.is_contiguous()
+
+
+@DALI
+def test_what_dali_gpu_refuses(tmp_path):
+    """By its source, which is all that is known of it: it has not been run."""
+    from tempo_fast.video.decode_dali import DaliDecoder
+
+    decoder = DaliDecoder(gpu=True, device=torch.device("cuda", 0))
+    open_gop = "log-level=none:bframes=3:keyint=12:min-keyint=12:open-gop=1"
+    clips: dict[str, tuple[str, dict[str, Any]]] = {
+        "a.mp4": ("", {}),
+        "b.mp4": ("", {"bframes": 2}),
+        "c.mp4": ("", {"codec": "libx265"}),
+        "d.webm": ("", {"codec": "libvpx-vp9"}),
+        "e.mp4": ("8 bits, 4:2:0 and even sides", {"size": (65, 195), "pix_fmt": "yuv444p"}),
+        "f.webm": ("8 bits, 4:2:0 and even sides", {"codec": "libvpx-vp9", "size": (65, 195)}),
+        "g.mp4": ("may miscount av1", {"codec": "libsvtav1"}),
+        "h.mp4": ("may miscount hevc", {"codec": "libx265", "bframes": 3, "options": {"x265-params": open_gop}}),
+        "i.mp4": ("is not trusted with mpeg4", {"codec": "mpeg4"}),
+    }
+    for file_name, (words, arguments) in clips.items():
+        why = decoder.refuses(probe(write_counter(tmp_path / file_name, 40, **arguments)))
+        assert words in why and bool(words) == bool(why), (file_name, why)
+    cut = hide_first(write_counter(tmp_path / "cut.mp4", 30), 3)
+    assert "edit list" in decoder.refuses(probe(cut))
+    assert decoder_for(decoder, probe(cut)).name == "pyav"

@@ -10,10 +10,11 @@ from typing import Any
 import av
 
 from tempo_fast.errors import InputError
+from tempo_fast.video.matroska import gap, segment_end
 
 # FFmpeg decodes text files and cover art as "video"; nobody means those.
 _NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}
-_UNSIZED = (1 << 56) - 1
+_MATROSKA = b"\x1aE\xdf\xa3"
 
 
 class DecodeError(InputError):
@@ -43,8 +44,10 @@ def check_file(path: str) -> None:
             head = f.read(64)
             if head[4:8] == b"ftyp":
                 _check_iso(path, f, size)
-            elif head[:4] == b"\x1aE\xdf\xa3":
-                _check_matroska(path, head, size)
+            elif head[:4] == _MATROSKA:
+                end = segment_end(f)
+                if end is not None and end > size:
+                    raise DecodeError(f"{path}: is truncated ({size} bytes of {end})")
             elif head[:4] == b"RIFF":
                 stated = 8 + int.from_bytes(head[4:8], "little")
                 if stated > size:
@@ -75,25 +78,13 @@ def _check_iso(path: str, f: Any, size: int) -> None:
         raise DecodeError(f"{path}: is truncated or unfinished (it has no 'moov' box)")
 
 
-def _check_matroska(path: str, head: bytes, size: int) -> None:
-    """Matroska/WebM: a segment that states its size must fit into the file."""
-
-    def number(at: int) -> tuple[int, int]:
-        length = 9 - head[at].bit_length() if head[at] else 9
-        if length > 8 or at + length > len(head):
-            return -1, at
-        value = head[at] & ((1 << (8 - length)) - 1)
-        unknown = (1 << 7 * length) - 1
-        for byte in head[at + 1 : at + length]:
-            value = value << 8 | byte
-        return (_UNSIZED if value == unknown else value), at + length
-
-    length, at = number(4)
-    if length < 0 or at + length + 5 > len(head) or head[at + length : at + length + 4] != b"\x18S\x80g":
-        return
-    segment, start = number(at + length + 4)
-    if 0 <= segment < _UNSIZED and start + segment > size:
-        raise DecodeError(f"{path}: is truncated ({size} bytes of {start + segment})")
+def check_structure(path: str) -> None:
+    """Raises DecodeError where a whole look at a Matroska/WebM file's elements finds one damaged; costs a read of all
+    their headers."""
+    with open(path, "rb") as f:
+        at = gap(f) if f.read(4) == _MATROSKA else None
+    if at is not None:
+        raise DecodeError(f"{path}: is damaged (no element where one should be, at byte {at})")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tempo_fast.files import file_digest
-from tempo_fast.video.container import DecodeError, check_file, open_video
+from tempo_fast.video.container import DecodeError, check_file, check_structure, open_video
 from tempo_fast.video.display import DisplayTransform, display_transform
 from tempo_fast.video.packets import Packet, codec_name, dense_keyframes, open_gop, read_packet, trustworthy
 
@@ -130,6 +130,7 @@ def _content_digest(path: str, size: int, mtime_ns: int, ends: str) -> str:
 @lru_cache(maxsize=512)
 def _probe(path: str, size: int, mtime_ns: int, ends: str) -> VideoInfo:
     with open_video(path) as (container, stream):
+        check_structure(path)
         codec = codec_name(stream.codec_context.name)
         packets, first = _demux(path, codec, container, stream)
         display = display_transform(path, first)

@@ -101,6 +101,9 @@ def test_every_damaged_file_is_named_or_right(backend, files, tmp_path, record_p
 
     for fault in ("wrong", "moved"):
         assert not {path: r[fault] for path, r in decoded.items() if r[fault]}, fault
+    # VP8, VP9 and MPEG-4 have no checks: an older picture in place of a damaged one is seen by nobody; it has to be rare
+    stale = sum(len(r["stale"]) for r in decoded.values())
+    assert stale <= 0.003 * sum(r["right"] for r in decoded.values())
     # pieces that are there twice come twice
     twice = ("twice", "spliced")
     assert not {p: r["disordered"] for p, r in decoded.items() if r["disordered"] and not any(t in p for t in twice)}
@@ -113,7 +116,7 @@ def test_every_damaged_file_is_named_or_right(backend, files, tmp_path, record_p
         "frames right": sum(r["right"] for r in decoded.values()),
         "frames of unknown number": sum(r["unknown"] for r in decoded.values()),
         "damaged pictures": sum(r["unreadable"] for r in decoded.values()),
-        "older pictures behind damage": sum(len(r["stale"]) for r in decoded.values()),
+        "older pictures behind damage": stale,
         "growth in MiB": round(growth, 1),
     }  # fmt: skip
     record_property("damaged files", figures)

@@ -55,6 +55,15 @@ def _moov_first(path: Path, out: Path) -> Path:
     return out
 
 
+def _flip(webm: bytes, after: int) -> bytes:
+    """Change what kind of element the next block of a known size is."""
+    import re
+
+    block = re.compile(rb"\xa3[\x40-\x7f].\x81", re.DOTALL).search(webm, after)
+    assert block is not None
+    return webm[: block.start()] + b"\xb3" + webm[block.start() + 1 :]
+
+
 def _bad_files(tmp_path: Path, counter, plain: Path) -> dict[str, tuple[Path, str]]:
     import av
 
@@ -85,6 +94,8 @@ def _bad_files(tmp_path: Path, counter, plain: Path) -> dict[str, tuple[Path, st
         "cut_by_one": (write("one.mp4", first[:-1]), "is truncated"),
         "cut_webm": (write("cut.webm", webm[: len(webm) // 2]), "is truncated"),
         "cut_avi": (write("cut.avi", avi[: len(avi) // 2]), "is truncated"),
+        "magic_only": (write("magic.webm", webm[:4]), "cannot be decoded"),
+        "lost_block": (write("lost.webm", _flip(webm, 7 * len(webm) // 10)), "is damaged"),
         "audio_only": (silent, "has no video stream"),
         "header_only": (write("head.mp4", first[:100]), "is truncated"),
     }

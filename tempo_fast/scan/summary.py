@@ -134,18 +134,19 @@ def table(rows: Sequence[Row]) -> str:
     head = ("video", "codec", "size", "fps", "frames", "seconds", "gop", "sampled", "tokens", "decode s", "")
     body = [head]
     for r in rows:
-        if "codec" not in r:
-            body.append((Path(r["video"]).name, *[""] * 9, r["reason"]))
-            continue
-        flags = ("vfr", r["vfr"]), ("rotated", r["rotation"]), ("edit list", r["edit_list"]), ("audio", r["has_audio"])
-        notes = [name for name, on in flags if on]
+        notes = [r["reason"]] if r["reason"] else []
+        flags = {"vfr": "vfr", "rotated": "rotation", "edit list": "edit_list", "audio": "has_audio"}
+        notes += [] if notes else [name for name, field in flags.items() if r[field]]
         notes += [f"fixed by {r['fix']}"] if r.get("fixed") else []
+        if "codec" not in r:
+            body.append((Path(r["video"]).name, *[""] * 9, ", ".join(notes)))
+            continue
         body.append(
             (
                 Path(r["video"]).name, r["codec"], f"{r['width']}x{r['height']}", f"{r['fps']:g}", str(r["frames"]),
                 f"{r['duration_s']:.1f}", str(r["longest_gop"]), str(r.get("sampled_frames", "")),
                 str(r.get("tokens", "")), f"{r['decode_s']:.2f}" if "decode_s" in r else "",
-                r["reason"] or ", ".join(notes),
+                ", ".join(notes),
             )
         )  # fmt: skip
     widths = [max(len(line[i]) for line in body) for i in range(len(head))]

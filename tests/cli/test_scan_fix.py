@@ -90,7 +90,9 @@ def test_every_file_gets_what_it_needs(folder, tmp_path, capsys):
     )
     said = read_json(tmp_path / "rows.summary.json")
     assert said["fix"] == {"none": 4, "remux": 2, "reencode": 2}
-    assert "repairs: 4 none, 2 remux, 2 reencode" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "repairs: 4 none, 2 remux, 2 reencode" in printed and "edit list, fixed by reencode" in printed
+    assert "ends at" in next(line for line in printed.splitlines() if line.startswith("cut.mp4") and "by remux" in line)
 
     # everything on the list is good as it is
     again = tmp_path / "again.jsonl"

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from counter_clips import write_counter
 
-FILES = 60
+FILES = 40
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 files, each of which takes a moment to decode whole."""
+    """40 files, each of which takes a moment to decode whole."""
     out = tmp_path_factory.mktemp("videos")
-    first = write_counter(out / "v00.mp4", 400, gop=50)
+    first = write_counter(out / "v00.mp4", 200, gop=50)
     for i in range(1, FILES):
         (out / f"v{i:02d}.mp4").write_bytes(first.read_bytes())
     return out
@@ -151,7 +151,7 @@ def test_a_killed_worker_names_its_file(folder, tmp_path):
     videos.mkdir()
     for i in range(3):
         (videos / f"{i}.mp4").write_bytes((folder / "v00.mp4").read_bytes())
-    long_clip(videos / "z.mp4", folder / "v00.mp4", 150)
+    long_clip(videos / "z.mp4", folder / "v00.mp4", 120)
     out = tmp_path / "rows.jsonl"
     words = [videos, "--out", out, "--workers", 1, "--decode", "all", "--timeout", 200]
     process = start(*words)

@@ -39,8 +39,8 @@ def patchify(
         blank: bool [S], frames shown black (value 0); they are not read.
         impl: ``triton`` (CUDA), ``torch`` (any device), or ``auto``: the first where it can. Equal bits.
 
-    Reads 3*S*H*W bytes and writes 3*t*k*H*W elements; the frames are never copied, whole or as floats: the torch way
-    needs memory for one temporal patch beside the result.
+    Reads 3*S*H*W bytes and writes 3*t*k*H*W elements. Beside the result the torch way needs memory for one temporal
+    patch, the kernel none (it copies the bytes of frames whose pixels are not packed, which no decoder makes).
 
     Raises ValueError for another dtype, shape or impl, or an index outside [0, F).
     """

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from bench.compile import KINDS, blocks_per_sm, cases, compile_case, verdict
 
@@ -25,6 +26,13 @@ def test_configuration_in_use(sm: int, kind: str) -> None:
     for case in cases([sm], [kind], candidates=False):
         row = compile_case(case)
         assert verdict(row) == "", row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_patches_of_other_dtypes(dtype: torch.dtype) -> None:
+    for case in cases([80, 90], ["patchify"], candidates=False):
+        row = compile_case(case, dtype)
+        assert verdict(row) == "" and row["dtype"] in str(dtype), row
 
 
 def test_what_the_gate_catches() -> None:

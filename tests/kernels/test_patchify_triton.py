@@ -54,14 +54,17 @@ def check(
     assert found.dtype == dtype and torch.equal(found.cpu(), expected.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    "geometry, dtype",
+    [(geometry, dtype) for geometry in GEOMETRIES for dtype in (torch.float32, torch.bfloat16)]
+    + [(GEOMETRIES[i], dtype) for i in (2, 4) for dtype in (torch.float16, torch.float64)],
+)
 def test_equals_the_twin(geometry: tuple[int, ...], dtype: torch.dtype) -> None:
     patch, merge, temporal, f, h, w = geometry
     check(make(f, h, w), patch, merge, temporal, dtype)
 
 
-@pytest.mark.parametrize("geometry", [GEOMETRIES[2], GEOMETRIES[4], (14, 2, 2, 3, 28, 28)])
+@pytest.mark.parametrize("geometry", [GEOMETRIES[2], GEOMETRIES[4], (5, 2, 2, 3, 10, 20)])
 @pytest.mark.parametrize("with_index, with_blank", [(True, False), (False, True), (True, True)])
 def test_chosen_and_black_frames(geometry: tuple[int, ...], with_index: bool, with_blank: bool) -> None:
     patch, merge, temporal, f, h, w = geometry

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tempo_kernels.resize import make_taps, resize
+from tempo_kernels.pixels.taps import make_taps
+from tempo_kernels.resize import resize
 
 
 def make(kind: str, f: int, h: int, w: int, seed: int) -> Tensor:

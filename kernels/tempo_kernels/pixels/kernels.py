@@ -110,7 +110,7 @@ def resize_x_kernel(
     frames_ptr, out_ptr, first_ptr, weights_ptr, n_lines, height, n_out, taps, precision, stride_f, stride_y,
     LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """frames [F, height, W, 3] uint8 with packed lines -> out [F·height, n_out, 3]; see `resize.Taps` for first [n_out]
+    """frames [F, height, W, 3] uint8 with packed lines -> out [F·height, n_out, 3]; see `taps.Taps` for first [n_out]
     and weights [taps, n_out]. A program has LINES lines x BLOCK bytes of the output, so that weights serve all lines.
     """
     blocks = tl.cdiv(3 * n_out, BLOCK)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from tempo_kernels.fused import interpreted
 from tempo_kernels.pixels.specs import KERNELS, options, patchify_constants, resize_constants
-
-if TYPE_CHECKING:
-    from tempo_kernels.resize import Taps
+from tempo_kernels.pixels.taps import Taps
 
 
 def _launch(kind: str, programs: int, *arguments: Any, **constexprs: Any) -> None:

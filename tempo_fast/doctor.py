@@ -86,7 +86,8 @@ def _decoders() -> list[tuple[str, str]]:
         from tempo_fast.video.decode import available_backends
     except ImportError as e:
         return [("video", f"unavailable: {e}")]
-    return [(name, "ready" if not missing else f"missing: {missing}") for name, missing in available_backends().items()]
+    rows = [(name, "ready" if not missing else f"missing: {missing}") for name, missing in available_backends().items()]
+    return [*rows, ("(all)", "a file that one of them gets wrong is decoded by pyav, and the log says so")]
 
 
 def _packages() -> list[tuple[str, str]]:

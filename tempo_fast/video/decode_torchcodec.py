@@ -27,7 +27,8 @@ class TorchCodecDecoder:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, OSError, RuntimeError) as e:
             raise InputError(
-                f"video.backend: torchcodec cannot be loaded beside this torch and FFmpeg ({reason(e)})"
+                "video.backend: torchcodec cannot be loaded; it takes the release that fits this torch, and FFmpeg's "
+                f"shared libraries (apt install ffmpeg) ({reason(e)})"
             ) from e
         self._open = VideoDecoder
 

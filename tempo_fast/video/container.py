@@ -14,6 +14,8 @@ from tempo_fast.video.matroska import gap, segment_end
 
 # FFmpeg decodes text files and cover art as "video"; nobody means those.
 _NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}
+# what these play can change without a change of the file
+_LISTS = {"concat", "hls", "dash", "imf"}
 _MATROSKA = b"\x1aE\xdf\xa3"
 
 
@@ -100,7 +102,10 @@ def open_video(path: str | os.PathLike[str], *, whole: bool = True) -> Iterator[
     if whole:
         check_file(path)
     try:
-        with av.open(path, metadata_errors="replace") as container:
+        # "file:", or a relative name with a colon in it is taken for a protocol
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
+            if container.format.name in _LISTS:
+                raise DecodeError(f"{path}: is a list of other files, not a video file")
             for stream in container.streams.video:
                 codec = stream.codec_context
                 cover = bool(stream.disposition & av.stream.Disposition.attached_pic)

@@ -101,7 +101,7 @@ def test_every_damaged_file_is_named_or_right(backend, files, tmp_path, record_p
 
     for fault in ("wrong", "moved"):
         assert not {path: r[fault] for path, r in decoded.items() if r[fault]}, fault
-    # VP8, VP9 and MPEG-4 have no checks: an older picture in place of a damaged one is seen by nobody; it has to be rare
+    # VP8, VP9 and MPEG-4 have no checks: nobody sees an older picture in place of a damaged one; it has to be rare
     stale = sum(len(r["stale"]) for r in decoded.values())
     assert stale <= 0.003 * sum(r["right"] for r in decoded.values())
     # pieces that are there twice come twice

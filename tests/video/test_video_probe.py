@@ -96,6 +96,7 @@ def _bad_files(tmp_path: Path, counter, plain: Path) -> dict[str, tuple[Path, st
         "cut_avi": (write("cut.avi", avi[: len(avi) // 2]), "is truncated"),
         "magic_only": (write("magic.webm", webm[:4]), "cannot be decoded"),
         "lost_block": (write("lost.webm", _flip(webm, 7 * len(webm) // 10)), "is damaged"),
+        "list": (write("list.mp4", b"ffconcat version 1.0\nfile whole.webm\n"), "is a list of other files"),
         "audio_only": (silent, "has no video stream"),
         "header_only": (write("head.mp4", first[:100]), "is truncated"),
     }
@@ -118,6 +119,13 @@ def test_a_file_without_permission_is_named(tmp_path, plain):
     path.chmod(0)
     with pytest.raises(DecodeError, match="locked.mp4: cannot be read"):
         probe(path)
+
+
+@pytest.mark.parametrize("name", ["clip:01 100% #1 é.mp4", "a%03d.mp4", "http:x.mp4", "-i.mp4", "file:x.mp4"])
+def test_any_name_will_do(name, tmp_path, plain, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(plain.read_bytes())
+    assert probe(name).n_frames == 60 and PyAVDecoder().decode(name, [59]).shape == (1, 64, 192, 3)
 
 
 def test_probe_is_cached_until_the_file_changes(tmp_path, counter):

@@ -171,25 +171,25 @@ class VideoReader:
 
     def pixels(self, plan: FramePlan, dtype: torch.dtype = torch.float32) -> Tensor:
         """``dtype`` [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
-        return to_patches(self.resized(plan), self.geometry, dtype)
+        frames, index, blank = self._seen(plan)
+        return to_patches(frames, self.geometry, dtype, index=index, blank=blank)
 
     def resized(self, plan: FramePlan) -> Tensor:
         """uint8 [F, plan.height, plan.width, 3] on the reader's device: what the model sees. Raises DecodeError."""
-        frames = self._resized(plan)
-        if any(plan.blank):
-            frames = frames.clone()  # it may be the decoder's own
-            frames[torch.tensor(plan.blank, device=frames.device)] = 0
-        return frames
+        frames, index, blank = self._seen(plan)
+        shown = frames if index is None else frames[index.to(frames.device)]
+        return shown if blank is None else shown.masked_fill(blank.to(frames.device)[:, None, None, None], 0)
 
-    def _resized(self, plan: FramePlan) -> Tensor:
-        frames = self.frames(plan).to(self.device)
-        if plan.height * plan.width < frames.shape[1] * frames.shape[2] and len(set(plan.indices)) < len(plan.indices):
-            # Repeats are resized once.
-            distinct = sorted(set(plan.indices))
-            first = [plan.indices.index(i) for i in distinct]
-            small = fit(frames[first], plan.height, plan.width, crop=self.geometry.crop)
-            return small[[distinct.index(i) for i in plan.indices]]
-        return fit(frames, plan.height, plan.width, crop=self.geometry.crop)
+    def _seen(self, plan: FramePlan) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Resized frames, which of them stands at each place (None: all in order), and which places are black (None:
+        none). A frame that is seen several times is decoded and resized once, one that is never seen not at all."""
+        black = plan.blank if any(plan.blank) else (False,) * len(plan.indices)
+        distinct = sorted({i for i, dark in zip(plan.indices, black, strict=True) if not dark}) or [plan.indices[0]]
+        frames = self.frames(replace(plan, indices=tuple(distinct), blank=())).to(self.device)
+        frames = fit(frames, plan.height, plan.width, crop=self.geometry.crop)
+        place = {i: k for k, i in enumerate(distinct)}
+        index = None if plan.indices == tuple(distinct) else torch.tensor([place.get(i, 0) for i in plan.indices])
+        return frames, index, torch.tensor(black) if any(black) else None
 
     @staticmethod
     def _check_range(info: VideoInfo, start: int, end: int) -> None:

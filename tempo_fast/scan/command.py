@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SCRATCH = ".scan-"
 _RULES = 1  # part of a row's settings: raise it when the same file must give another row
 
 
@@ -122,7 +125,8 @@ class _Scan:
             self.rows.append({**_scanned(job, outcome), "settings": settings})
         if o.fix is None:
             return
-        with writing(o.fix), tempfile.TemporaryDirectory(prefix=".scan-", dir=o.fix) as scratch:
+        _drop_stale(o.fix)
+        with writing(o.fix), tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=o.fix) as scratch:
             jobs = []
             for row in self.rows.ordered(self.paths):
                 if row.get("fix_settings") == fix_settings and (not row["fixed"] or os.path.exists(row["fixed"])):
@@ -237,6 +241,13 @@ def _check_folder(folder: Path, videos: str, paths: Iterable[str]) -> None:
             pass
     except OSError as e:
         raise InputError(f"--fix: {folder} cannot be written ({e.strerror})") from e
+
+
+def _drop_stale(folder: Path, older_than_s: float = 86_400) -> None:
+    """Delete what killed scans left of unfinished copies."""
+    for old in folder.glob(f"{_SCRATCH}*"):
+        if time.time() - old.stat().st_mtime > older_than_s:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_list(path: Path, rows: Iterable[Row]) -> None:

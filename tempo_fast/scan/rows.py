@@ -101,4 +101,8 @@ class RowFile:
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        """Can be called again."""
+        try:
+            self._file.close()
+        except OSError:  # the rest of a row that found no room, which ``append`` has told of
+            pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,23 @@ def test_wrong_input_is_one_sentence_and_2(words, said, folder, tmp_path, capsys
     assert said in err and err.count("\n") == 1 and "Traceback" not in err
     assert (tmp_path / "mine.jsonl").read_text() == '{"video": "a.mp4", "prompt": "mine"}\n'
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_full_disk_keeps_the_rows_so_far(folder, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    words = [folder, "--out", disk / "rows.jsonl", "--workers", 1]
+    try:
+        assert scan(*words) == 2
+        assert f"{disk}/rows.jsonl: cannot be written (No space left on device)" in capsys.readouterr().err
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        assert scan(*words) == 0
+        assert len(rows_of(disk / "rows.jsonl")) == GOOD + len(BAD) and "of them from before" in capsys.readouterr().out
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):

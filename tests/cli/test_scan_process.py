@@ -137,6 +137,35 @@ def test_a_stopped_scan_goes_on_where_it_was(number, folder, tmp_path):
     assert (tmp_path / "rows.summary.json").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_repairs_go_on_where_they_were(number, folder, tmp_path):
+    out, copies = tmp_path / "rows.jsonl", tmp_path / "copies"
+    words = [folder, "--out", out, "--workers", 2, "--fix", copies, "--gop", 10, "--max-gop", 20, "--no-decode"]
+    process = start(*words)
+    assert until(lambda: sum('"fix": "reencode"' in line for line in lines_of(out)) >= 3)
+    family = children(process.pid)
+    os.kill(process.pid, number)
+    code, printed, err = end(process)
+    assert code == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
+    assert until(lambda: not any(alive(p) for p in family), 10)
+    done = [row for row in map(json.loads, lines_of(out)) if row.get("fix") == "reencode"]
+    assert 3 <= len(done) < FILES and not (copies / "videos.txt").exists()
+    before = {row["fixed"]: os.stat(row["fixed"]).st_ino for row in done}
+    if number == signal.SIGINT:
+        assert not list(copies.glob(".*")), "no unfinished copy is left"
+    for old in copies.glob(".*"):
+        os.utime(old, (1, 1))  # as found days later
+
+    code, printed, err = end(start(*words))
+    assert code == 0, err
+    rows = rows_of(out)
+    assert len(rows) == FILES and {row["fix"] for row in rows.values()} == {"reencode"}
+    assert {path: os.stat(path).st_ino for path in before} == before
+    # all have the same bytes, and their own names
+    assert len(list(copies.glob("*.mp4"))) == FILES and not list(copies.glob(".*"))
+    assert (copies / "videos.txt").read_text().splitlines() == [rows[f"v{i:02d}.mp4"]["fixed"] for i in range(FILES)]
+
+
 def test_without_a_file_nothing_is_kept(folder):
     process = start(folder, "--workers", 2, "--decode", "all")
     assert until(lambda: len(children(process.pid)) >= 4)

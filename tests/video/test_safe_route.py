@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,43 @@ def test_what_dali_gpu_refuses(tmp_path):
     cut = hide_first(write_counter(tmp_path / "cut.mp4", 30), 3)
     assert "edit list" in decoder.refuses(probe(cut))
     assert decoder_for(decoder, probe(cut)).name == "pyav"
+
+
+def test_of_several_video_streams_the_first_is_read_by_pyav(tmp_path):
+    path, n = tmp_path / "two.mkv", 12
+    one, other = write_counter(tmp_path / "1.mp4", n), write_counter(tmp_path / "2.mp4", n, number=lambda i: 100 + i)
+    with av.open(str(path), "w") as target:
+        sources = [av.open(str(x)) for x in (one, other)]
+        streams = [target.add_stream_from_template(s.streams.video[0]) for s in sources]
+        for source, stream in zip(sources, streams, strict=True):
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    target.mux(packet)
+            source.close()
+    info = probe(path)
+    assert (info.video_streams, info.n_frames) == (2, n)
+    assert read_counter(PyAVDecoder().decode(path, [n - 1, 0])) == [n - 1, 0]
+    for backend in ("dali-cpu", "torchcodec"):
+        if not available_backends()[backend]:
+            assert "several video streams" in open_decoder(backend).refuses(info)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "torchcodec", "dali-cpu"])
+def test_a_decoder_serves_several_threads(backend, tmp_path):
+    missing = available_backends()[backend]
+    if missing:
+        pytest.skip(f"{backend}: {missing}")
+    paths = [write_counter(tmp_path / f"{k}.webm", 24 + k, codec="libvpx-vp9") for k in range(4)]
+    (tmp_path / "bad.webm").write_bytes(paths[0].read_bytes()[:-900])
+    decoder = open_decoder(backend)
+
+    def work(k: int) -> list[int]:
+        if k % 5 == 4:
+            with pytest.raises(DecodeError, match="bad.webm"):
+                decoder.decode(tmp_path / "bad.webm", [0])
+            return []
+        return read_counter(decoder.decode(paths[k % 5], [23, k % 20, 0]))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(20))) == [[] if k % 5 == 4 else [23, k % 20, 0] for k in range(20)]

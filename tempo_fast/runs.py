@@ -79,7 +79,8 @@ class Run:
     def reader(self) -> Any:
         from tempo_fast.video.reader import VideoReader
 
-        return VideoReader(self.config.video, self.light.geometry, str(self.light.device))
+        timeout_s = self.config.loader.timeout_s
+        return VideoReader(self.config.video, self.light.geometry, str(self.light.device), timeout_s)
 
     @cached_property
     def features(self) -> Any:

@@ -20,10 +20,11 @@ from tempo_fast.curate.embed import make_embedder
 from tempo_fast.curate.shots import make_detector
 from tempo_fast.curate.video import Unusable, curate_video
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest, file_digest, to_plain, write_jsonl
+from tempo_fast.files import digest, to_plain, write_jsonl
 from tempo_fast.runtime.progress import progress as progress_bar
 from tempo_fast.schema import Clips
 from tempo_fast.video.decode import open_decoder
+from tempo_fast.video.probe import content_digest
 
 VIDEO_SUFFIXES = {
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
@@ -114,7 +115,7 @@ def curate_folder(
     todo: dict[str, list[int]] = {}  # the same bytes under several names are curated once
     for i, path in enumerate(paths):
         try:
-            key = digest([file_digest(path), rules])
+            key = digest([content_digest(path), rules])
         except InputError as e:
             rows[i] = _row("", os.fspath(path), "quarantined", reason=str(e))
             continue

@@ -55,7 +55,8 @@ class TorchCodecDecoder:
         check_refused(self, info)
         distinct = sorted(set(wanted))
         try:
-            video = self._open(info.path, dimension_order="NHWC", seek_mode="exact")
+            # 0: as many threads as FFmpeg likes
+            video = self._open(info.path, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=0)
             if video.metadata.num_frames != info.n_frames:
                 raise DecodeError(
                     f"{info.path}: torchcodec counts {video.metadata.num_frames} frames where there are {info.n_frames}"

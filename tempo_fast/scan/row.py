@@ -104,6 +104,8 @@ def scan_video(
             _decode_all(info)
         row["ok"] = True
     except InputError as e:
+        if not isinstance(e, DecodeError):
+            row["failure"] = "refused"  # whole, but nothing for this model: an aspect ratio of 1000
         row["reason"] = str(e).removeprefix(f"{path}: ")
     except MemoryError:
         row["reason"] = "does not fit into memory"

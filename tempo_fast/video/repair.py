@@ -129,7 +129,7 @@ def _repair(path: str, folder: Path, scratch: Path, why: str, config: RepairConf
         if kept < MIN_KEPT_S:
             return Repair("none", f"{why}; only {kept:.2f} s are left, less than {MIN_KEPT_S:g} s")
         why += f"; the {kept:.2f} s before it are kept" if shown.cut else ""
-        remux = True
+        remux = shown.cut  # otherwise it would be the same file again
     key = digest([content_digest(path), config, _RULES])[:12]
     original = Path(path)
     suffix = original.suffix.lower()

@@ -127,6 +127,16 @@ def test_workers_make_the_same_copies(folder, tmp_path):
     assert found[0] == found[1] and len(found[0]) == 4
 
 
+def test_a_whole_file_that_no_model_takes_gets_no_copy(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_counter(videos / "strip.mp4", 40, size=(16, 3216))
+    rows = run(videos, tmp_path, "--workers", 1)
+    row = rows["strip.mp4"]
+    assert not row["ok"] and "aspect ratio" in row["reason"] and (row["fix"], row["fixed"]) == ("none", "")
+    assert (tmp_path / "fixed/videos.txt").read_text() == ""
+
+
 def test_a_data_set_from_elsewhere(folder, tmp_path):
     """The folder of copies may lie beside the data set, as long as no video of it is inside."""
     data = folder / "sft.jsonl"

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -57,7 +57,7 @@ def warm_up(modules: Sequence[str]) -> None:
     context = _context()
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(list(modules))
-        forkserver.ensure_running()
+        _start_server()
 
 
 def run_isolated(
@@ -84,6 +84,8 @@ def run_isolated(
         InputError: a worker cannot start.
     """
     context = _context()
+    if context.get_start_method() == "forkserver":
+        _start_server()
     queue = iter(jobs)
     crew: list[_Worker] = []
     try:
@@ -120,6 +122,16 @@ def _context() -> Any:
     """Forks of a process without threads of its own: as quick to start as a fork, as safe as a new interpreter."""
     methods = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+def _start_server() -> None:
+    """Start the process that is forked from, deaf to Ctrl-C from its first instruction, as are its forks."""
+    resource_tracker.ensure_running()  # the server would start it, and let SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(context: Any, function: Callable[..., Any], shared: Any, job: Any) -> _Worker:

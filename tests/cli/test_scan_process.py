@@ -139,6 +139,17 @@ def test_a_stopped_scan_goes_on_where_it_was(number, folder, tmp_path):
     assert (tmp_path / "rows.summary.json").exists()
 
 
+def test_an_interrupt_at_the_start_is_quiet(folder):
+    """While this process and the one that workers come from still import."""
+    process = start(folder, "--workers", 2)
+    assert until(lambda: len(children(process.pid)) == 2)
+    family = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    code, printed, err = end(process)
+    assert code == 130 and printed == "" and "Traceback" not in err and err.count("\n") <= 2, err
+    assert until(lambda: not any(alive(p) for p in family), 30)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_repairs_go_on_where_they_were(number, folder, tmp_path):
     out, copies = tmp_path / "rows.jsonl", tmp_path / "copies"

@@ -79,8 +79,10 @@ class Run:
     def reader(self) -> Any:
         from tempo_fast.video.reader import VideoReader
 
-        timeout_s = self.config.loader.timeout_s
-        return VideoReader(self.config.video, self.light.geometry, str(self.light.device), timeout_s)
+        light = self.light
+        return VideoReader(
+            self.config.video, light.geometry, light.device, self.config.loader.timeout_s, dtype=light.dtype
+        )
 
     @cached_property
     def features(self) -> Any:

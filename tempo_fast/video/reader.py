@@ -70,6 +70,7 @@ class VideoReader:
         geometry: the model family's patches.
         device: where frames are resized and patches land.
         timeout_s: as ``open_decoder``'s.
+        dtype: of the patches, unless a caller says otherwise: the vision tower's.
 
     Raises:
         InputError: the decoder asked for is missing.
@@ -81,12 +82,14 @@ class VideoReader:
         geometry: VideoGeometry,
         device: str | torch.device = "cpu",
         timeout_s: float | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.geometry = geometry
         self.device = torch.device(device)
         self.sampling = geometry.sampling if config.sampling == "auto" else config.sampling
         self.timeout_s = timeout_s
+        self.dtype = dtype
         self.decoder = open_decoder(config.backend, self.device, timeout_s)
 
     def info(self, path: str | os.PathLike[str]) -> VideoInfo:
@@ -169,10 +172,10 @@ class VideoReader:
                     out[k] = frames if isinstance(frames, DecodeError) else pick(frames, together, plans[k].indices)
         return out
 
-    def pixels(self, plan: FramePlan, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``dtype`` [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
+    def pixels(self, plan: FramePlan, dtype: torch.dtype | None = None) -> Tensor:
+        """``dtype`` (None: the reader's) [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
         frames, index, blank = self._seen(plan)
-        return to_patches(frames, self.geometry, dtype, index=index, blank=blank)
+        return to_patches(frames, self.geometry, dtype or self.dtype, index=index, blank=blank)
 
     def resized(self, plan: FramePlan) -> Tensor:
         """uint8 [F, plan.height, plan.width, 3] on the reader's device: what the model sees. Raises DecodeError."""

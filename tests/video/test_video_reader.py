@@ -61,6 +61,14 @@ def test_perturbed_clips_follow_one_another_in_even_time(reader, plain, counter)
     assert torch.equal(small.pixels(plan), by_hand)
 
 
+def test_pixels_come_in_the_dtype_of_the_tower(reader, plain, geometry):
+    half = VideoReader(reader.config, geometry, dtype=torch.bfloat16)
+    plan = reader.plan(plain)
+    assert half.plan(plain).key == plan.key
+    assert torch.equal(half.pixels(plan), reader.pixels(plan).bfloat16())
+    assert torch.equal(half.pixels(plan, torch.float32), reader.pixels(plan))
+
+
 def test_blank_clips_are_black_and_another_video(reader, plain, counter):
     ranges, blank = [(0, 20), (20, 40), (40, 60)], [False, True, False]
     clean, plan = reader.plan_clips(plain, ranges), reader.plan_clips(plain, ranges, blank)

@@ -132,7 +132,7 @@ def reason_kind(reason: str) -> str:
 def table(rows: Sequence[Row]) -> str:
     """One line a video."""
     head = ("video", "codec", "size", "fps", "frames", "seconds", "gop", "sampled", "tokens", "decode s", "")
-    body = [head]
+    body: list[tuple[str, ...]] = [head]
     for r in rows:
         notes = [r["reason"]] if r["reason"] else []
         flags = {"vfr": "vfr", "rotated": "rotation", "edit list": "edit_list", "audio": "has_audio"}

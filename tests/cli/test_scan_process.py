@@ -144,6 +144,7 @@ def test_an_interrupt_at_the_start_is_quiet(folder):
     process = start(folder, "--workers", 2)
     assert until(lambda: len(children(process.pid)) == 2)
     family = children(process.pid)
+    time.sleep(0.7)
     os.killpg(process.pid, signal.SIGINT)
     code, printed, err = end(process)
     assert code == 130 and printed == "" and "Traceback" not in err and err.count("\n") <= 2, err

@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +121,9 @@ class _Scan:
         todo = [p for p in self.paths if not _still_holds(self.rows.get(p), p, settings, o.timeout_s)]
         self.kept = len(self.paths) - len(todo)
         shared = Shared(self.config, self.geometry, o.decode, self.repairs)
-        for job, outcome in self._work("scan", [Job(p, limit_s=o.timeout_s) for p in todo], shared):
-            self.rows.append({**_scanned(job, outcome), "settings": settings})
+        with closing(self._work("scan", [Job(p, limit_s=o.timeout_s) for p in todo], shared)) as found:
+            for job, outcome in found:
+                self.rows.append({**_scanned(job, outcome), "settings": settings})
         if o.fix is None:
             return
         _drop_stale(o.fix)
@@ -138,11 +139,12 @@ class _Scan:
                 else:
                     jobs.append(wanted)
             shared = Shared(self.config, self.geometry, o.decode, self.repairs, str(o.fix), scratch)
-            for job, outcome in self._work("fix", jobs, shared):
-                row = self.rows.get(job.path) or {}
-                self.rows.append({**row, **_repaired(job, outcome), "fix_settings": fix_settings})
+            with closing(self._work("fix", jobs, shared)) as found:
+                for job, outcome in found:
+                    row = self.rows.get(job.path) or {}
+                    self.rows.append({**row, **_repaired(job, outcome), "fix_settings": fix_settings})
 
-    def _work(self, name: str, jobs: Sequence[Job], shared: Shared) -> Iterator[tuple[Job, Outcome]]:
+    def _work(self, name: str, jobs: Sequence[Job], shared: Shared) -> Generator[tuple[Job, Outcome], None, None]:
         from tempo_fast.runtime.progress import progress
         from tempo_fast.scan.row import work
 
@@ -151,7 +153,7 @@ class _Scan:
             found = run_isolated(
                 work, jobs, workers=workers, timeout=lambda job: job.limit_s, shared=shared, check=self.check
             )
-            with closing(found):  # type: ignore[type-var]
+            with closing(found):
                 for job, outcome in found:
                     yield job, outcome
                     bar.update(1)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -68,7 +68,7 @@ def run_isolated(
     timeout: Callable[[Any], float],
     shared: Any = None,
     check: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Any, Outcome]]:
+) -> Generator[tuple[Any, Outcome], None, None]:
     """Yield (job, outcome) as jobs finish. Closing the iterator kills what is running.
 
     Args:

@@ -10,7 +10,7 @@ converted; ``floor`` is its share of a side's time.
 ``over`` is a side's videos/s over each rival's, ``over_cpu`` the same by CPU time, for a machine that others load.
 ``split`` is milliseconds by section (a peer's ``processor`` rescales, normalises and patchifies, and resizes where no
 ``resize`` stands), ``host_mib`` and ``peak_mib`` the highest resident memory and torch's CUDA memory (DALI's own pool
-is not in it) over what was there before.
+is not in it) over what was there before; what an earlier call left in the heap to be used again does not count.
 ``error`` is against ours on PyAV in levels of 255, at the frames that the side took; ``wrong`` there names another
 shape or other frames, and makes the exit code 1.
 

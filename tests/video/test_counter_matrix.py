@@ -139,3 +139,15 @@ def test_a_reader_takes_the_safe_decoder_and_names_it(clip, backend, geometry):
     assert read_counter(frames) == [shown[i] for i in plan.indices] and upright(frames)
     used = "pyav" if reader.decoder.refuses(probe(path)) else backend
     assert f"decoder={used};" in plan.rule
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "vp9", "av1"])
+def test_an_edit_list_that_starts_at_a_keyframe(tmp_path, codec, backend):
+    """FFmpeg leaves whole groups out without marking a packet, so that the probe sees no edit list."""
+    path = hide_first(write_counter(tmp_path / f"{codec}.mp4", N, **CODECS[codec], gop=12), 12)
+    decoder, info = open_decoder(backend), probe(path)
+    assert info.n_frames == N - 12
+    if decoder.refuses(info):
+        assert backend != "pyav"
+        return
+    assert read_counter(decoder.decode(path, [0, 1, 5, N - 13])) == [12, 13, 17, N - 1]

@@ -141,8 +141,7 @@ class _OurRead(Read):
         self.indices = self.plan.indices
         timed = self.sections.timed
         self.reader.frames = timed("decode", self.reader.frames)
-        self.reader.resized = timed("resize", self.reader.resized)
-        self.pixels = timed("patchify", self.reader.pixels)
+        self.pixels = timed("processor", self.reader.pixels)
         self.make_plan = timed("probe", self.reader.plan)
         # a name nobody has asked for yet is a file nobody has probed yet
         self.folder = Path(tempfile.mkdtemp(dir=case.path.parent)) if cold else None

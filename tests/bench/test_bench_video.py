@@ -310,7 +310,7 @@ def test_the_command_writes_rows_and_names_what_is_missing(tmp_path: Path) -> No
         (["--repetitions", "0"], "--repetitions"),
         (["--tries", "0"], "--tries"),
         (["--threads", "4096"], "--threads"),
-        (["--videos", "0"], "--videos"),
+        (["--videos", "1"], "--videos"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ def train(run: Run) -> dict[str, Any]:
     config = run.config
     sft_videos = [_stamp(Path(v)) for v in dict.fromkeys(r.video for r in _sft_data(run) or [] if r.video)]
     inputs = [config.train, config.reference, config.video, config.model, config.seed, run.model_digest,
-              _pair_digests(run), _digest_of(run.data.sft), sft_videos]  # fmt: skip
+              _pair_digests(run), _digest_of(run.data.sft), sft_videos, config.features.batched]  # fmt: skip
     results: list[dict[str, Any]] = []
 
     def work() -> dict[str, Any]:

@@ -99,7 +99,8 @@ class TransformersEngine:
         pad = b.tokenizer.pad_token_id if b.tokenizer.pad_token_id is not None else b.tokenizer.eos_token_id
         ids, positions, mask, visual = (x.to(device) for x in left_pad(prompts, pad))
         plans = [plan for r in requests for plan in r.plans]
-        features = self.features.features(b.family, b.model, self.reader, plans)
+        # one by one: an answer must not depend on what an interrupted run had cached
+        features = self.features.features(b.family, b.model, self.reader, plans, together=False)
         limits = [r.max_new_tokens or self.config.max_new_tokens for r in requests]
         stops = stop_tokens(b)
         processors = LogitsProcessorList()

@@ -133,12 +133,12 @@ def fill(
     order = sorted(range(len(todo)), key=lambda i: -lengths[i])
     packs = pack(lengths, max_tokens, order=order, ids=[part.id for part, _ in todo])
     mine = packs[ranks.rank :: ranks.world]
-    family, model = bundle.family, bundle.model
+    cached = features.finder(bundle.family, bundle.model)
     reading = prefetching(
         reader,
         (plan for members in mine for i in members for plan in todo[i][0].plans),
         loader,
-        skip=lambda plan: features.has(family, model, plan.key),
+        skip=lambda plan: cached(plan.key),
         once=True,
     )
     with reading as source, progress_bar(sum(len(p) for p in mine), desc=progress, unit="tree") as bar:

@@ -119,8 +119,9 @@ def plan_steps(
         seed, stage: of the order.
         epochs: passes over all items.
         lengths: tokens of each item, for ``window``.
-        window: above 1, items of so many steps are sorted by length, longest first, before they are dealt to steps;
-            the steps of an epoch then come in random order, a last one that is not full at the end.
+        window: above 1, items of so many steps are sorted by length (every second window the other way, so that its
+            ends meet those beside it), then dealt to steps; the steps of an epoch come in random order, a last one that
+            is not full at the end.
     """
     steps: list[list[int]] = []
     for epoch in range(epochs):
@@ -128,7 +129,8 @@ def plan_steps(
         cut = _fill_steps(order, n_pairs, batch_size)
         if window > 1:
             parts = [sum(cut[i : i + window], []) for i in range(0, len(cut), window)]
-            cut = _fill_steps([i for part in parts for i in _longest_first(part, lengths)], n_pairs, batch_size)
+            parts = [sorted(part, key=lambda i: (-1) ** k * lengths[i]) for k, part in enumerate(parts)]
+            cut = _fill_steps(sum(parts, []), n_pairs, batch_size)
             full = len(cut) - (sum(n_pairs[i] for i in cut[-1]) < batch_size) if cut else 0
             drawn = torch.randperm(full, generator=generator(seed, stage, "windows", epoch)).tolist()
             cut = [*(cut[i] for i in drawn), *cut[full:]]
@@ -148,32 +150,14 @@ def _fill_steps(order: Sequence[int], n_pairs: Sequence[int], batch_size: int) -
     return steps
 
 
-def _longest_first(part: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    return sorted(part, key=lambda i: -lengths[i])  # stable: equal ones stay as drawn
-
-
 def micro_batches(
     items: Sequence[Item], step: Sequence[int], max_tokens: int, rank: int, world: int
-) -> list[list[int]]:
-    """This rank's share of a step, packed to the token budget; every rank gets the same number of micro-batches.
-
-    A rank that would run out repeats its first micro-batch (or the step's first tree): the caller gives the repeats
-    weight 0. Repeats come last and are marked by :func:`real_micro_batches`.
-    """
-    shares = [real_micro_batches(items, step, max_tokens, r, world) for r in range(world)]
-    mine = list(shares[rank])
-    longest = max(len(s) for s in shares)
-    filler = mine[0] if mine else [step[0]]
-    return mine + [filler] * (longest - len(mine))
-
-
-def real_micro_batches(
-    items: Sequence[Item], step: Sequence[int], max_tokens: int, rank: int, world: int
-) -> list[list[int]]:
-    """The micro-batches of a rank that count, without the fillers.
+) -> tuple[list[list[int]], int]:
+    """This rank's share of a step, packed to the token budget, and how many of its micro-batches count.
 
     Longest first, each tree goes to the rank with the fewest tokens so far, and there into the fullest row that takes
-    it.
+    it. Every rank gets the same number of micro-batches: one that would run out repeats its first (or the step's first
+    tree) at the end, to be given weight 0.
     """
     lengths = {i: items[i].tree.n_tokens for i in step}
     shares: list[list[int]] = [[] for _ in range(world)]
@@ -182,9 +166,17 @@ def real_micro_batches(
         r = tokens.index(min(tokens))
         shares[r].append(i)
         tokens[r] += lengths[i]
-    mine = shares[rank]
-    packs = pack([lengths[i] for i in mine], max_tokens, ids=[items[i].tree.id for i in mine])
-    return [[mine[j] for j in p] for p in packs]
+    rows = [
+        [[share[j] for j in row] for row in pack([lengths[i] for i in share], max_tokens, ids=_ids(items, share))]
+        for share in shares
+    ]
+    mine = rows[rank]
+    filler = mine[0] if mine else [step[0]]
+    return mine + [filler] * (max(map(len, rows)) - len(mine)), len(mine)
+
+
+def _ids(items: Sequence[Item], share: Sequence[int]) -> list[str]:
+    return [items[i].tree.id for i in share]
 
 
 def upcoming_plans(items: Sequence[Item], micros: Iterable[Sequence[int]]) -> Iterator[Any]:
@@ -195,7 +187,7 @@ def upcoming_plans(items: Sequence[Item], micros: Iterable[Sequence[int]]) -> It
 
 def check_lengths(items: Sequence[Item], max_tokens: int) -> None:
     """Raise InputError naming the first record longer than the budget, before anything is decoded."""
-    check_budget([i.tree.n_tokens for i in items], max_tokens, ids=[i.tree.id for i in items])
+    check_budget([i.tree.n_tokens for i in items], max_tokens, ids=_ids(items, range(len(items))))
 
 
 def branch_batch(items: Sequence[Item], packed: Any) -> tuple[Any, list[str]]:

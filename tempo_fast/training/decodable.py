@@ -12,6 +12,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.files import read_jsonl
 from tempo_fast.runtime.progress import progress
 from tempo_fast.runtime.ranks import Ranks
+from tempo_fast.video.container import DecodeTimeout
 from tempo_fast.video.loader import Source, prefetching
 
 
@@ -19,8 +20,9 @@ class DecodeCheck:
     """Decodes the frames of each plan once and remembers the outcome in a journal of complete lines.
 
     A video that breaks in the middle of a stage would end the run, and leaving its records out then would be another
-    training. Videos known to decode (curation has read every frame of theirs) are taken as they are, and so are plans
-    that were decoded once (``decoded`` tells by their key).
+    training. One that takes too long counts as broken in this run, and is tried again by the next. Videos known to
+    decode (curation has read every frame of theirs) are taken as they are, and so are plans that were decoded once
+    (``decoded`` tells by their key).
     """
 
     def __init__(
@@ -48,28 +50,35 @@ class DecodeCheck:
         """Plan key -> {"video", "reason"} of the plans whose frames cannot be decoded. ``check`` may stop the work."""
         distinct = {p.key: p for p in plans if getattr(p, "digest", None) not in self.known}
         todo = [p for key, p in distinct.items() if key not in self._outcome]
-        mine = {}
+        mine: dict[str, str] = {}
+        late: dict[str, str] = {}  # of this run alone: another may have more time, or a faster disk
         share = todo[self.ranks.rank :: self.ranks.world]
         with prefetching(self.reader, share, self.loader, skip=lambda plan: self.decoded(plan.key)) as source:
             for plan in progress(share, desc="decode check", unit="video"):
                 check() if self.ranks.world == 1 else None
-                mine[plan.key] = self._try(plan, source)
+                try:
+                    mine[plan.key] = self._try(plan, source)
+                except DecodeTimeout as e:
+                    late[plan.key] = str(e)
+                    continue
                 if self.ranks.world == 1:
                     self._write({plan.key: mine[plan.key]})
-        for part in self.ranks.all_gather_object(mine):
-            self._outcome.update(part)
+        for decoded, out_of_time in self.ranks.all_gather_object((mine, late)):
+            self._outcome.update(decoded)
+            late.update(out_of_time)
         if self.ranks.world > 1 and self.ranks.is_main:
-            self._write({p.key: self._outcome[p.key] for p in todo})
+            self._write({p.key: self._outcome[p.key] for p in todo if p.key not in late})
+        outcome = {**self._outcome, **late}
         return {
-            key: {"video": str(p.path), "reason": self._outcome[key]}
-            for key, p in distinct.items()
-            if self._outcome[key]
+            key: {"video": str(p.path), "reason": outcome[key]} for key, p in distinct.items() if outcome[key]
         }
 
     def _try(self, plan: Any, source: Source) -> str:
         try:
             if not self.decoded(plan.key):
                 source.pixels(plan)
+        except DecodeTimeout:
+            raise
         except InputError as e:
             return str(e)
         return ""

@@ -31,7 +31,6 @@ from tempo_fast.training.data import (
     check_lengths,
     micro_batches,
     plan_steps,
-    real_micro_batches,
     upcoming_plans,
 )
 from tempo_fast.training.decodable import DecodeCheck
@@ -104,10 +103,10 @@ def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]
         "seed": ctx.seed,
         "optimizer": [t.weight_decay, t.adam_beta2, t.warmup_ratio, t.max_grad_norm],
         "max_tokens": t.max_tokens,
-        "length_window": t.length_window,
         "trees": t.trees,
         "attention": t.attention,
-        "batched_features": ctx.features.batched,
+        **({"length_window": t.length_window} if t.length_window > 1 else {}),
+        **({"batched_features": True} if ctx.features.batched else {}),
         "engine": [t.engine, t.zero_stage],
         **ctx.features.identity(),
         "data": digest(
@@ -173,16 +172,15 @@ def run_stage(
     writer = MetricsWriter(folder, board, keep_steps=done) if ranks.is_main else None
     bar = progress(range(done, len(steps)), desc=stage.name, unit="step")
     reading = ExitStack()
-    source = reading.enter_context(_reading(ctx, bundle, stage, items, steps[done:]))
     try:
+        source = reading.enter_context(_reading(ctx, bundle, stage, items, steps[done:]))
         for index in bar:
             ctx.stopper.check()
             begin, decode_before = time.perf_counter(), ctx.features.decode_seconds
             sums, tokens, videos, hits = Sums(), 0, 0, [0, 0]
             seen = ctx.features.counts()
             total_pairs = sum(items[i].n_pairs for i in steps[index])
-            real = len(real_micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world))
-            micros = micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world)
+            micros, real = micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world)
             for number, micro in enumerate(micros):
                 _seed_dropout(ctx.seed, stage.name, index, ranks.rank, number)
                 loss, part, counts = _forward(engine, ctx, bundle, stage, [items[i] for i in micro], store, source)
@@ -276,15 +274,12 @@ def _reading(
     ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], steps: list[list[int]]
 ) -> AbstractContextManager[Source]:
     """The reader, ahead of the micro-batches of this rank; videos whose features are at hand are left out."""
-    ranks, cached = ctx.ranks, not stage.vision_lora
-    micros = (m for step in steps for m in micro_batches(items, step, ctx.train.max_tokens, ranks.rank, ranks.world))
-    return prefetching(
-        ctx.reader,
-        upcoming_plans(items, micros),
-        ctx.loader,
-        skip=lambda plan: cached and ctx.features.has(bundle.family, bundle.model, plan.key),
-        once=cached,
-    )
+    rank, world, budget = ctx.ranks.rank, ctx.ranks.world, ctx.train.max_tokens
+    plans = upcoming_plans(items, (m for step in steps for m in micro_batches(items, step, budget, rank, world)[0]))
+    if stage.vision_lora:
+        return prefetching(ctx.reader, plans, ctx.loader)
+    cached = ctx.features.finder(bundle.family, bundle.model)
+    return prefetching(ctx.reader, plans, ctx.loader, skip=lambda plan: cached(plan.key), once=True)
 
 
 def _forward(

@@ -9,7 +9,7 @@ import itertools
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -186,14 +186,13 @@ class FeatureCache:
         """What of the cache decides results: nothing, unless the disk rounds."""
         return {"features": self.store.dtype} if self.store is not None and self.store.dtype != "same" else {}
 
-    def has(self, family: Family, model: nn.Module, plan_key: str) -> bool:
-        """Whether these pixels need not be decoded now: features of this tower are in memory or on disk."""
+    def finder(self, family: Family, model: nn.Module) -> Callable[[str], bool]:
+        """Tells of a plan's key whether features of the tower as it now is are in memory or on disk, so that its pixels
+        need not be decoded. (Whether the tower has changed costs more to find out than all else.)"""
         tower = family.vision_tower(model)
         tag = self._tag(tower)
-        if (plan_key, tag) in self._entries:
-            return True
-        disk = self._on_disk(family, model, tower, tag)
-        return bool(disk) and self.store is not None and self.store.holds(plan_key, disk)
+        disk, store = self._on_disk(family, model, tower, tag), self.store
+        return lambda key: (key, tag) in self._entries or bool(disk and store and store.holds(key, disk))
 
     def holds(self, plan_key: str) -> bool:
         """Whether features of these pixels are on disk, of whatever tower: they were decoded once."""

@@ -23,6 +23,10 @@ class DecodeError(InputError):
     """A file that cannot give the frames asked of it; the message is one sentence that starts with its path."""
 
 
+class DecodeTimeout(DecodeError):
+    """Reading a file took too long: of the machine or the disk, perhaps, and not of the file."""
+
+
 def reason(error: BaseException) -> str:
     """The library's own words, on one line, without the internal call they end in."""
     if isinstance(error, av.error.FFmpegError):

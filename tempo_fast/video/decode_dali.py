@@ -56,7 +56,7 @@ class DaliDecoder:
         self.name = "dali-gpu" if gpu else "dali-cpu"
         self.route = f"{self.name}/rgb"
         self._gpu, self._fn, self._types, self._pipeline_class = gpu, fn, types, Pipeline
-        self._device_id = (device.index or 0) if gpu else None
+        self._device = device
         self._pipeline: Any = None
         self._lock = threading.Lock()
 
@@ -139,7 +139,10 @@ class DaliDecoder:
 
     def _built(self) -> Any:
         fn, types = self._fn, self._types
-        pipe = self._pipeline_class(batch_size=_BATCH, num_threads=2, device_id=self._device_id, prefetch_queue_depth=1)
+        device_id = None
+        if self._gpu:  # "cuda" is the device of this thread
+            device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
+        pipe = self._pipeline_class(batch_size=_BATCH, num_threads=2, device_id=device_id, prefetch_queue_depth=1)
         with pipe:
             file = fn.external_source(name="file", device="cpu", dtype=types.UINT8, ndim=1)
             frames = fn.external_source(name="frames", device="cpu", dtype=types.INT32, ndim=1)

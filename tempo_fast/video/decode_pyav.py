@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempo_fast.video.container import DecodeError, open_video
+from tempo_fast.video.container import DecodeError, DecodeTimeout, open_video
 from tempo_fast.video.decoder import Item, one_by_one, pick
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
@@ -62,7 +62,8 @@ class PyAVDecoder:
         """Yield (index, uint8 [H, W, 3]) for ascending distinct indices, one frame in memory at a time.
 
         Raises:
-            DecodeError: a frame cannot be decoded exactly, or ``deadline`` (of ``time.monotonic``) has passed.
+            DecodeError: a frame cannot be decoded exactly.
+            DecodeTimeout: ``deadline`` (of ``time.monotonic``) has passed.
         """
         last = -1
         skips = info.indexed and info.codec in _SKIPS
@@ -76,7 +77,7 @@ class PyAVDecoder:
                         stream.codec_context.skip_frame = "DEFAULT" if packet.pts in ticks else "NONREF"
                     for frame in packet.decode():
                         if deadline is not None and time.monotonic() > deadline:
-                            raise DecodeError(f"{info.path}: decoding took longer than {self.timeout_s:g} s")
+                            raise DecodeTimeout(f"{info.path}: decoding took longer than {self.timeout_s:g} s")
                         yield frame
 
             find = self._seeking if info.indexed else self._counting

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tempo_fast.config import LoaderConfig
-from tempo_fast.errors import InputError
-from tempo_fast.video.container import DecodeError
+from tempo_fast.video.container import DecodeTimeout
+
+WORKER = "tempo-fast-decode"
+"""Name of the threads."""
 
 
 class Source(Protocol):
@@ -33,7 +36,7 @@ class _Job:
         self.plan = plan
         self.done = threading.Event()
         self.result: Tensor | BaseException | None = None
-        self.started: float | None = None
+        self.started = 0.0
         self.dropped = False  # will not be asked for
         self.given_up = False  # its worker has been replaced
 
@@ -52,8 +55,8 @@ class Prefetcher:
         timeout_s: longest time a worker may take for one video. Its thread is then given up and replaced: a call into
             a decoder that never returns cannot be ended, and holds its memory until the process ends.
         skip: called with a plan when its turn comes; true where it will not be asked for (its features are cached).
-        once: a video that is on its way is not decoded for a second plan of the same key: whoever asks keeps what it
-            makes of it.
+        once: a video that is on its way, or was the last one taken, is not decoded for a second plan of the same key:
+            whoever asks keeps what it makes of it.
     """
 
     def __init__(
@@ -72,72 +75,83 @@ class Prefetcher:
         self.source, self.ahead, self.timeout_s = source, ahead, timeout_s
         self._plans, self._skip, self._once = iter(plans), skip, once
         self._jobs: list[_Job] = []  # not taken yet, in order
+        self._last = ""  # key of the one taken last
         self._running: list[_Job] = []
+        self._lock = threading.Lock()  # over what a job's end and its giving up both change
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._workers = workers
         self._closed = False
+        # CUDA's current device belongs to a thread: without this, workers of every rank would use the first GPU
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         for _ in range(workers):
             self._hire()
         self._fill()
 
     def pixels(self, plan: Any) -> Tensor:
-        """The source's pixels of ``plan``. Raises what the source raised, or DecodeError after ``timeout_s``."""
-        at = next((i for i, job in enumerate(self._jobs) if job.plan.key == plan.key), None)
+        """The source's pixels of ``plan``. Raises what the source raised, or DecodeTimeout after ``timeout_s``."""
+        if self._at(plan) is None:
+            # what is cached since it was foreseen will not be asked for, and must not take up the room
+            self._drop([job for job in self._jobs if self._skip(job.plan)])
+            self._fill()
+        at = self._at(plan)
         if at is None:
             return self.source.pixels(plan)
-        for job in self._jobs[:at]:
-            job.dropped = True
         job = self._jobs[at]
-        del self._jobs[: at + 1]
+        self._drop(self._jobs[:at])
+        self._jobs.remove(job)
+        self._last = plan.key
         self._fill()
         result = self._wait(job)
         if isinstance(result, BaseException):
             raise result
         return result
 
-    def fetch(self, plans: Sequence[Any]) -> Iterator[Tensor | InputError]:
-        """Pixels of ``plans`` in order, a failure as a value in its place: one bad file harms no other."""
-        for plan in plans:
-            try:
-                yield self.pixels(plan)
-            except InputError as e:
-                yield e
-
     def close(self) -> None:
         """Let the workers go; what waits is dropped."""
         self._closed = True
-        for job in self._jobs:
-            job.dropped = True
-        self._jobs.clear()
+        self._drop(list(self._jobs))
         for _ in range(self._workers):
             self._queue.put(None)
 
+    def _at(self, plan: Any) -> int | None:
+        return next((i for i, job in enumerate(self._jobs) if job.plan.key == plan.key), None)
+
+    def _drop(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            job.dropped = True
+            self._jobs.remove(job)
+
     def _wait(self, job: _Job) -> Tensor | BaseException:
-        while not job.done.wait(self._patience(job)):
+        while not job.done.wait(self._patience()):
             self._replace_hung()
             if job.given_up:
                 where = getattr(job.plan, "path", job.plan.key)
-                return DecodeError(f"{where}: took longer than {self.timeout_s:g} s (loader.timeout_s)")
+                return DecodeTimeout(f"{where}: took longer than {self.timeout_s:g} s (loader.timeout_s)")
         assert job.result is not None
         return job.result
 
-    def _patience(self, job: _Job) -> float:
+    def _patience(self) -> float:
         """Seconds until there is something to look at: every worker may hang on a video that nobody waits for."""
-        begun = [j.started for j in [*self._running, job] if j.started is not None]
+        with self._lock:
+            begun = [job.started for job in self._running]
         return max(0.01, min(begun, default=time.monotonic()) + self.timeout_s - time.monotonic())
 
     def _replace_hung(self) -> None:
-        for job in list(self._running):
-            if job.started is not None and time.monotonic() - job.started >= self.timeout_s and not job.given_up:
+        with self._lock:
+            hung = [job for job in self._running if time.monotonic() - job.started >= self.timeout_s]
+            for job in hung:
                 job.given_up = True
-                self._hire()
+                self._running.remove(job)
+        for _ in hung:
+            self._hire()
 
     def _fill(self) -> None:
         while not self._closed and len(self._jobs) < self.ahead:
             plan = next(self._plans, None)
             if plan is None:
                 return
-            if self._skip(plan) or (self._once and any(job.plan.key == plan.key for job in self._jobs)):
+            on_its_way = self._once and (plan.key == self._last or self._at(plan) is not None)
+            if on_its_way or self._skip(plan):
                 continue
             job = _Job(plan)
             self._jobs.append(job)
@@ -145,22 +159,31 @@ class Prefetcher:
 
     def _hire(self) -> None:
         # daemon: one that hangs in a decoder must not keep the process alive
-        threading.Thread(target=self._work, name="tempo-fast-decode", daemon=True).start()
+        threading.Thread(target=self._work, name=WORKER, daemon=True).start()
 
     def _work(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
         while (job := self._queue.get()) is not None:
-            if job.dropped:
-                continue
-            job.started = time.monotonic()
-            self._running.append(job)
-            try:
-                job.result = self.source.pixels(job.plan)
-            except BaseException as e:  # handed to whoever asks for it
-                job.result = e
-            self._running.remove(job)
-            job.done.set()
-            if job.given_up:
+            stays = job.dropped or self._run(job)
+            del job  # or an idle worker would keep a video in memory
+            if not stays:
                 return  # another has taken its place
+
+    def _run(self, job: _Job) -> bool:
+        """Whether this worker still has its place afterwards."""
+        job.started = time.monotonic()
+        with self._lock:
+            self._running.append(job)
+        try:
+            job.result = self.source.pixels(job.plan)
+        except BaseException as e:  # handed to whoever asks for it
+            job.result = e
+        with self._lock:
+            if not job.given_up:
+                self._running.remove(job)
+        job.done.set()
+        return not job.given_up
 
 
 @contextmanager

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tempo_fast.config import LoaderConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.reference.fill import FillReport, fill, reference_mode
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.trees.layout import Branch, ResponseTree, build_tree
 from tempo_fast.trees.vision import FeatureCache
+from tempo_fast.video.loader import WORKER
 
 
 def tree_of(bundle: Any, make_plan: Any, name: str, answers: list[str], video: str = "v") -> ResponseTree:
@@ -39,6 +42,30 @@ def test_each_answer_is_computed_once(tiny: Any, reader: Any, make_plan: Any, tm
     again = fill(tiny, ReferenceStore(tmp_path, {"reference": "tiny"}), [first, twin, later], reader, cache,
                  kl=False, max_tokens=512)  # fmt: skip
     assert again == FillReport(computed=0, present=4, tokens=0)
+
+
+def test_videos_are_decoded_ahead_by_the_loader(
+    tiny: Any, reader: Any, make_plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    pixels = type(reader).pixels
+    monkeypatch.setattr(
+        type(reader), "pixels", lambda *a: threads.append(threading.current_thread().name) or pixels(*a)
+    )
+    trees = [tree_of(tiny, make_plan, f"{i}", [f"A circle {i}"], video=f"v{i % 4}") for i in range(6)]
+    found = []
+    for loader in (None, LoaderConfig(workers=2, ahead=3)):
+        threads.clear()
+        store = ReferenceStore(tmp_path / str(loader is None), {"reference": "tiny"})
+        cache = FeatureCache()
+        fill(tiny, store, trees, reader, cache, kl=False, max_tokens=64, loader=loader)
+        found.append(store.get([store.key(tree, 0) for tree in trees], kl=False).logp)
+        assert len(threads) == 4 and {name == WORKER for name in threads} == {loader is not None}
+        threads.clear()
+        again = ReferenceStore(tmp_path / f"again {loader is None}", {"reference": "tiny"})
+        fill(tiny, again, trees, reader, cache, kl=False, max_tokens=64, loader=loader)
+        assert threads == []  # features are at hand
+    assert torch.equal(*found)
 
 
 def test_scalars_are_upgraded_when_the_kl_is_asked_for(tiny: Any, reader: Any, make_plan: Any, tmp_path: Path) -> None:

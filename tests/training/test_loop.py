@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import threading
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,13 @@ from tempo_fast.reference.fill import fill
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.runtime.ranks import Ranks
 from tempo_fast.training.adapters import attach_lora, load_lora, merge_lora
-from tempo_fast.training.data import Item
+from tempo_fast.training.data import Item, plan_steps
 from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.loop import Context, Stage, finished, run_stage
 from tempo_fast.trees.feature_store import FeatureStore
 from tempo_fast.trees.layout import build_tree
 from tempo_fast.trees.vision import FeatureCache
+from tempo_fast.video.loader import WORKER
 
 ANSWERS = [
     ["A red circle moves left. Then a blue square grows.", "Then a blue square grows. A red circle moves left."],
@@ -187,25 +190,48 @@ def test_features_on_disk_change_nothing(tmp_path: Path, tiny_path: str, items: 
         finished(stage, ctx, items)
 
 
-@pytest.mark.parametrize("vision_lora", [False, True])
+@pytest.mark.parametrize(("vision_lora", "kept"), [(False, 0), (False, 1 << 30), (True, 0)])
 def test_decoding_ahead_changes_nothing(
-    tmp_path: Path, tiny_path: str, items: list[Item], reader, vision_lora: bool
+    tmp_path: Path, tiny_path: str, items: list[Item], reader, monkeypatch, vision_lora: bool, kept: int
 ) -> None:
-    """Losses bit by bit, with few and many workers; each video is still decoded as often, and no more."""
+    """Losses bit by bit, with few and many workers; each video is still decoded as often, and no more, by the workers
+    where there are any."""
+    threads: list[str] = []
+    pixels = type(reader).pixels
+    monkeypatch.setattr(
+        type(reader), "pixels", lambda *a: threads.append(threading.current_thread().name) or pixels(*a)
+    )
     found = []
     changes = {"vision_lora": True, "objective": ObjectiveConfig("sft", {})} if vision_lora else {}
     for workers, ahead in ((0, 1), (1, 1), (3, 8)):
         out = tmp_path / str(workers)
         ctx, stage, calls = make_context(out, reader), make_stage(tiny_path, **changes), len(reader.calls)
         ctx.loader = LoaderConfig(workers=workers, ahead=ahead)
-        ctx.features = FeatureCache(max_bytes=0)  # keeps nothing: every epoch decodes
+        ctx.features = FeatureCache(max_bytes=kept)  # 0 keeps nothing: every epoch decodes
+        threads.clear()
         bundle = fresh(tiny_path, stage)
         store = None if vision_lora else filled(bundle, items, ctx, out / "store")
+        filling = len(threads)  # without a loader
         run_stage(stage, ctx, bundle, items, store)
+        # with all kept the fill has decoded everything; with nothing kept what comes twice in a row is not foreseen
+        assert (WORKER in threads[filling:]) == (workers > 0 and not kept)
+        assert vision_lora <= ({name == WORKER for name in threads} == {workers > 0})
         found.append(([r["loss"] for r in rows_of(out / stage.name)], len(reader.calls) - calls))
     assert found[0] == found[1] == found[2]
     videos = sum(len(i.tree.plans) for i in items)
-    assert found[0][1] == videos * (stage.epochs + (not vision_lora))
+    assert found[0][1] == videos * (1 if kept else stage.epochs + (not vision_lora))
+
+
+def test_windows_of_length_are_another_training(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
+    _, folder = train(tmp_path / "w", tiny_path, items, reader, stage_changes={"epochs": 1}, length_window=9)
+    lengths = [i.tree.n_tokens for i in items]
+    steps = plan_steps([i.n_pairs for i in items], 3, 7, "stage1_r16", 1, lengths=lengths, window=9)
+    seen = [row["num_tokens"] for row in rows_of(folder)]
+    assert seen == list(accumulate(sum(lengths[i] for i in step) for step in steps))
+    assert steps != plan_steps([i.n_pairs for i in items], 3, 7, "stage1_r16", 1)
+    ctx, stage = make_context(tmp_path / "w" / "train", reader), make_stage(tiny_path, epochs=1)
+    with pytest.raises(InputError, match="length_window is None now and was 9"):
+        finished(stage, ctx, items)
 
 
 def test_one_call_of_the_tower_for_a_micro_batch(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:
@@ -221,7 +247,7 @@ def test_one_call_of_the_tower_for_a_micro_batch(tmp_path: Path, tiny_path: str,
         calls.append(len(seen))
     assert calls == [3 * stage.epochs, stage.epochs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    with pytest.raises(InputError, match="batched_features is False now and was True"):
+    with pytest.raises(InputError, match="batched_features is None now and was True"):
         ctx.features = FeatureCache()
         finished(stage, ctx, items)
 

@@ -151,9 +151,10 @@ def test_a_batched_cache_calls_the_tower_once_for_what_is_missing(tiny: Any, rea
 def test_a_cache_knows_what_need_not_be_decoded(tiny: Any, reader: Any, make_plan: Any, tmp_path: Any) -> None:
     a, b = make_plan("a", 2), make_plan("b", 2)
     cache = FeatureCache(store=FeatureStore(tmp_path, 1 << 20))
-    assert not cache.has(tiny.family, tiny.model, a.key)
+    assert not cache.finder(tiny.family, tiny.model)(a.key)
     cached(tiny, cache, reader, [a])
-    assert cache.has(tiny.family, tiny.model, a.key) and not cache.has(tiny.family, tiny.model, b.key)
+    found = cache.finder(tiny.family, tiny.model)
+    assert found(a.key) and not found(b.key)
     cache.clear()
-    assert cache.has(tiny.family, tiny.model, a.key)  # on disk
-    assert not FeatureCache().has(tiny.family, tiny.model, a.key)
+    assert found(a.key)  # on disk
+    assert not FeatureCache().finder(tiny.family, tiny.model)(a.key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from tempo_fast.config import LoaderConfig
 from tempo_fast.video.container import DecodeError
-from tempo_fast.video.loader import Prefetcher, prefetching
+from tempo_fast.video.loader import WORKER, Prefetcher, prefetching
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class Slow:
 
     seconds: float = 0.0
     asked: list[str] = field(default_factory=list)
+    by_caller: list[str] = field(default_factory=list)
     let_go: threading.Event = field(default_factory=threading.Event)
     lock: Any = field(default_factory=threading.Lock)
 
     def pixels(self, plan: Plan) -> torch.Tensor:
         with self.lock:
             self.asked.append(plan.key)
+            if threading.current_thread().name != WORKER:
+                self.by_caller.append(plan.key)
         time.sleep(self.seconds)
         if plan.key.startswith("stuck"):
             self.let_go.wait(60)
@@ -45,6 +49,13 @@ class Slow:
 
 def plans(*keys: str) -> list[Plan]:
     return [Plan(key, f"{key}.mp4") for key in keys]
+
+
+def outcome(loader: Any, plan: Plan) -> Any:
+    try:
+        return loader.pixels(plan)
+    except DecodeError as e:
+        return e
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,7 +124,7 @@ def test_a_failure_is_a_value_in_its_place() -> None:
     source = Slow()
     asked = plans("a", "bad1", "b", "bad2")
     loader = Prefetcher(source, asked, workers=2, ahead=2, timeout_s=30)
-    found = list(loader.fetch(asked))
+    found = [outcome(loader, plan) for plan in asked]
     assert [isinstance(x, DecodeError) for x in found] == [False, True, False, True]
     assert "bad1: is damaged" in str(found[1])
     loader.close()
@@ -130,7 +141,7 @@ def test_a_decoder_that_hangs_is_given_up_and_the_rest_goes_on(workers: int) -> 
     asked = plans("stuck1", "a", "stuck2", "b", "c")
     loader = Prefetcher(source, asked, workers=workers, ahead=5, timeout_s=0.4)
     start = time.monotonic()
-    found = list(loader.fetch(asked))
+    found = [outcome(loader, plan) for plan in asked]
     took = time.monotonic() - start
     assert [isinstance(x, DecodeError) for x in found] == [True, False, True, False, False]
     assert "stuck1.mp4: took longer than 0.4 s (loader.timeout_s)" in str(found[0])
@@ -161,6 +172,54 @@ def test_what_is_skipped_or_under_way_is_not_decoded_again() -> None:
     loader.pixels(asked[3])
     assert source.asked == ["a", "b"]
     assert torch.equal(loader.pixels(asked[1]), Slow().pixels(asked[1]))  # asked for after all
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("keys", "ahead"), [("AABCDEFG", 1), ("ABCDABCDEFGHIJKL", 4), ("ABABABCDCDEEF", 2), ("ABCABCABCD", 8)]
+)
+def test_repeats_of_what_is_cached_do_not_stop_it(keys: str, ahead: int) -> None:
+    """As in training: what is made of a video is kept once it has been asked for, and asked for no more."""
+    source, cache = Slow(), set[str]()
+    asked = plans(*keys)
+    loader = Prefetcher(
+        source, asked, workers=2, ahead=ahead, timeout_s=30, skip=lambda plan: plan.key in cache, once=True
+    )
+    for plan in asked:
+        if plan.key not in cache:
+            loader.pixels(plan)
+            cache.add(plan.key)
+    loader.close()
+    assert source.by_caller == []
+    assert sorted(source.asked) == sorted(set(keys))
+
+
+def test_an_idle_worker_keeps_no_video() -> None:
+    loader = Prefetcher(Slow(), plans("a", "b"), workers=2, ahead=2, timeout_s=30)
+    seen = [weakref.ref(loader.pixels(plan)) for plan in plans("a", "b")]
+    deadline = time.monotonic() + 20
+    while any(ref() is not None for ref in seen) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(ref() is None for ref in seen)
+    loader.close()
+
+
+def test_one_hang_does_not_keep_the_caller_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Slow()
+    asked = plans("stuck", "slow")
+    loader = Prefetcher(source, asked, workers=1, ahead=2, timeout_s=0.3)
+    assert isinstance(outcome(loader, asked[0]), DecodeError)
+    looks: list[float] = []
+    patience = loader._patience
+    monkeypatch.setattr(loader, "_patience", lambda: looks.append(0) or patience())  # type: ignore[func-returns-value]
+    loader.timeout_s, source.seconds = 30.0, 1.0
+    loader._fill()
+    later = Plan("later")
+    loader._plans = iter([later])
+    loader._fill()
+    loader.pixels(later)
+    assert len(looks) < 5
+    source.let_go.set()
     loader.close()
 
 

@@ -176,20 +176,21 @@ def measure_loader(case: Case, backend: str, step_ms: float, videos: int, worker
         source: Any = reader
         if count:
             source = Prefetcher(reader, plans, workers=count, ahead=2 * count, timeout_s=600.0)
-        waits: list[float] = []
-        start, cpu = time.perf_counter(), time.process_time()
+        waits, steps = list[float](), list[float]()
+        cpu = time.process_time()
         for plan in plans:
             asked = time.perf_counter()
             pixels = source.pixels(plan)
-            waits.append(time.perf_counter() - asked)
+            got = time.perf_counter()
             del pixels
             time.sleep(step_ms / 1e3)
-        total = time.perf_counter() - start
+            waits.append(got - asked)
+            steps.append(time.perf_counter() - got)
         if count:
             source.close()
         rows.append({
             "case": case.name, "impl": f"loader/{backend}", "workers": count, "step_ms": step_ms, "videos": videos,
-            "wait_frac": sum(waits[1:]) / (total - waits[0]), "wait_ms": 1e3 * median(waits[1:]),
+            "wait_frac": sum(waits[1:]) / (sum(waits[1:]) + sum(steps[1:])), "wait_ms": 1e3 * median(waits[1:]),
             "first_wait_ms": 1e3 * waits[0], "cpu_s": (time.process_time() - cpu) / videos,
         })  # fmt: skip
     return rows

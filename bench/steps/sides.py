@@ -37,6 +37,8 @@ from tempo_kernels.head import HeadStatistics, head_statistics
 from tempo_kernels.objectives import make_objective
 
 SECTIONS = ("vision", "reference", "llm", "head", "optimizer", "other")
+
+
 @dataclass(frozen=True)
 class Side:
     """``records`` of a micro-batch (0: one pair), trees or rows, a live reference or the cached one, all logits or

@@ -19,7 +19,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _installed() -> bool:
+def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -27,7 +27,7 @@ def supported(hidden: Tensor, weight: Tensor) -> str | None:
     """None if the kernels take hidden [N, D] and weight [V, D], else why not, as the end of a sentence."""
     if not (weight.is_cuda or interpreted()):
         return f"the head is on {weight.device.type}"
-    if not _installed():
+    if not installed():
         return "Triton is not installed"
     if hidden.dtype != weight.dtype:
         return f"hidden states are {hidden.dtype} and the head is {weight.dtype}"

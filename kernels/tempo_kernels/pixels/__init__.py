@@ -5,20 +5,12 @@ Nothing here imports Triton before a kernel is wanted.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from tempo_kernels.fused import interpreted
+from tempo_kernels.fused import installed, interpreted
 
 IMPLS = ("auto", "triton", "torch")
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def use_triton(frames: Tensor, impl: str) -> bool:
@@ -33,7 +25,7 @@ def use_triton(frames: Tensor, impl: str) -> bool:
     reason = None
     if not (frames.is_cuda or interpreted()):
         reason = f"the frames are on {frames.device.type}"
-    elif not _installed():
+    elif not installed():
         reason = "Triton is not installed"
     elif torch.version.hip:  # AMD's devices are "cuda" to torch; nothing was tried there
         reason = "the GPU is not an NVIDIA one"

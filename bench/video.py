@@ -4,8 +4,9 @@ Clips in ``bench.videos.clips`` (60 s of 1280x720 at 30 frames/s, made once into
 ``bench.videos.sides`` and ``bench.videos.peers``. Every side takes the same number of evenly spaced frames into the
 same pixel budget on the same cores (--threads), from a file in the page cache; of the settings that a side offers the
 fastest in warm-up is measured (``settings``, all in ``tried``). Ours has probed the file before, as in every epoch but
-the first; ``_cold`` sides have not. ``decode_only`` is the floor: the frames that must be decoded (``must``), none
-converted; ``floor`` is its share of a side's time.
+the first; ``_cold`` sides have not. ``decode_only`` is the floor: no more than the frames that must be decoded, each
+from the keyframe before it (``must``; with its setting ``skip`` fewer), none converted; ``floor`` is its share of a
+side's time.
 
 ``over`` is a side's videos/s over each rival's, ``over_cpu`` the same by CPU time, for a machine that others load.
 ``split`` is milliseconds by section (``processor`` rescales, normalises and patchifies, and resizes where no ``resize``
@@ -21,6 +22,7 @@ first video's wait left out.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import itertools
@@ -46,6 +48,7 @@ from tempo_fast.video.loader import Prefetcher
 from tempo_fast.video.reader import VideoReader
 
 Row = dict[str, Any]
+LIBC = ctypes.CDLL(None)
 SIDES = {side.name: side for side in (*OURS, *PEERS)}
 RIVALS = tuple(side.name for side in PEERS)
 PACKAGES = (
@@ -131,8 +134,8 @@ def _lap(read: Read, laps: Laps) -> None:
 def _fastest(side: Side, case: Case, row: Row, tries: int) -> Read:
     """The side with the settings that were fastest, all of them in ``tried``."""
     reads = [(side.open(case, settings), Laps()) for settings in side.choices(case)]
+    reads[0][0]()  # imports, caches, the heap: for every side, whatever the number of its settings
     if len(reads) > 1:
-        reads[0][0]()
         for order in orders(len(reads), tries):
             for i in order:
                 _lap(*reads[i])
@@ -153,6 +156,8 @@ def _host_peak(read: Read) -> tuple[float | None, torch.Tensor | None]:
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
     gc.collect()  # frames may hang in cycles
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)  # what earlier sides left would be used again unseen
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
@@ -285,6 +290,8 @@ def main(arguments: list[str]) -> int:
     env = environment(args.device)
     found = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     env["packages"] = {**env["packages"], **found}
+    env["time"] = "ms is wall clock around a call, the device waited for; ms_cpu is the process's CPU time"
+    env["host_mib"] = "VmHWM over VmRSS before the call, the heap trimmed"
     deadline = Deadline(60 * args.minutes) if args.minutes else None
     sides = [SIDES[name] for name in args.impls]
     budget = {"max_pixels": args.max_pixels, "total_pixels": args.total_pixels}

@@ -68,8 +68,11 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
     open_decoder(config.backend)  # a missing package is an error of the scan, not of each file
     paths = [os.fspath(p) for p in find_videos(videos)]
     repairs = RepairConfig(gop=options.gop, max_gop=options.max_gop)
+    if options.out is not None:
+        _check_target("--out", options.out, [videos, *paths])
     if options.fix is not None:
         _check_folder(options.fix, videos, paths)
+        _check_target("--fix", _list_path(options.fix), [videos, *([options.out] if options.out else [])])
     with closing(RowFile(options.out, fresh=options.fresh)) as rows, Stopper() as stopper:
         scan = _Scan(options, config, geometry, repairs, paths, rows, stopper.check)
         try:
@@ -83,7 +86,7 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
         for row in rows.ordered(paths):
             totals.add(row)
         if options.fix is not None:
-            _write_list(options.fix / "videos.txt", rows.ordered(paths))
+            _write_list(_list_path(options.fix), rows.ordered(paths))
         rows.finish(paths)
     if text := totals.table():
         print(text)
@@ -98,6 +101,10 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
 def summary_path(out: Path) -> Path:
     """``scan.jsonl`` -> ``scan.summary.json``."""
     return out.with_name(f"{out.stem}.summary.json")
+
+
+def _list_path(folder: Path) -> Path:
+    return folder / "videos.txt"
 
 
 @dataclass
@@ -227,6 +234,13 @@ def _failed(job: Job, outcome: Outcome) -> str:
     except ValueError:
         how = f"signal {-code}"
     return f"crashed the process ({how})"
+
+
+def _check_target(option: str, target: Path, others: Iterable[str | Path]) -> None:
+    """Raises InputError where a file to write is one of those to read, or another one to write."""
+    place = target.resolve()
+    if any(Path(other).resolve() == place for other in others):
+        raise InputError(f"{option}: {target} is one of the other files of this scan and would be overwritten")
 
 
 def _check_folder(folder: Path, videos: str, paths: Iterable[str]) -> None:

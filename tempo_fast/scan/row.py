@@ -6,20 +6,20 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from tempo_fast.config import VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.models.family import VideoGeometry
+from tempo_fast.scan.rows import Row
 from tempo_fast.video.container import DecodeError, open_video
 from tempo_fast.video.probe import VideoInfo
 from tempo_fast.video.reader import VideoReader
 from tempo_fast.video.repair import RepairConfig, longest_gop, repair
 from tempo_fast.video.sampling import thin
 
-Row = dict[str, Any]
 Decode = Literal["none", "sampled", "all"]
 TRIED_FRAMES = 16
 """Most of the sampled frames that are decoded to find damage and to measure: all would cost what an epoch costs."""

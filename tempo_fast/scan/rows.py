@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.files import write_atomic, writing
 
 Row = dict[str, Any]
+"""What is known of one video; ``video`` (its path), ``ok`` and ``reason`` are always there."""
 
 
 def _line(row: Row) -> bytes:
@@ -20,6 +22,19 @@ def _line(row: Row) -> bytes:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # a name whose bytes are not UTF-8
         return json.dumps(row).encode() + b"\n"
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, dict) and {"ok", "settings"} <= value.keys() and isinstance(value.get("video"), str)
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether these bytes, which are no JSON, are the beginning of a row, as left by a kill or a full disk."""
+    start, then = b'{"video": "', b'", "ok": '
+    if line.endswith(b"\n") or not line.startswith(start):
+        return start.startswith(line)
+    rest = re.sub(rb'^(?:[^"\\]|\\.?)*', b"", line[len(start) :])
+    return then.startswith(rest) or rest.startswith(then)
 
 
 class RowFile:
@@ -42,34 +57,39 @@ class RowFile:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():  # a device would give its name to a plain file
+                raise InputError(f"{path}: is not a plain file")
             self._file = open(path, "a+b")
         except OSError as e:
             raise InputError(f"{path}: cannot be written ({e.strerror})") from e
         try:
-            self._index(path)
+            size = self._index(path)  # all of the file is looked at before any of it is changed
         except InputError:
             self.close()
             raise
         if fresh:
-            self._file.truncate(0)
             self._at.clear()
+        self._file.truncate(0 if fresh else size)
 
-    def _index(self, path: Path) -> None:
+    def _index(self, path: Path) -> int:
+        """Note where rows stand; bytes up to the end of the last whole one."""
         self._file.seek(0)
-        at = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):  # killed while it wrote
-                self._file.truncate(at)
-                break
+        size = 0
+        for number, line in enumerate(self._file, 1):
+            row: Row = {}
             try:
                 row = json.loads(line)
-            except ValueError:
-                row = {}  # damaged on disk: scanned again
-            if row and not (isinstance(row, dict) and {"video", "settings", "ok"} <= row.keys()):
-                raise InputError(f"{path}: was not written by a scan and would be overwritten; choose another name")
-            if row:
-                self._at[row["video"]] = at
-            at += len(line)
+                ours = _is_row(row)
+            except (ValueError, RecursionError):
+                ours = _is_torn(line)
+            if not ours:
+                raise InputError(
+                    f"{path}: line {number} was not written by a scan and would be overwritten; choose another name"
+                )
+            if line.endswith(b"\n"):
+                self._at[row["video"]] = size
+                size += len(line)
+        return size
 
     def get(self, video: str) -> Row | None:
         """The last row about this video."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tempo_fast.config import VideoConfig
+from tempo_fast.scan.rows import Row
 
-Row = dict[str, Any]
 MOST_ROWS = 40
 """A table of more videos shows only those that want attention."""
 _NAMED = 5

@@ -271,7 +271,7 @@ def test_damage_in_the_middle_needs_every_frame(tmp_path):
         (["{folder}", "--fix", "/proc/copies"], "--fix: /proc/copies cannot be written"),
         (["{folder}", "--fix", "{tmp}/empty.txt/x"], "empty.txt/x cannot be written"),
         (["{folder}", "--out", "/proc/rows.jsonl"], "/proc/rows.jsonl: cannot be written"),
-        (["{folder}", "--out", "{tmp}/mine.jsonl"], "mine.jsonl: was not written by a scan and would be overwritten"),
+        (["{folder}", "--out", "{tmp}/mine.jsonl"], "mine.jsonl: line 1 was not written by a scan and would be overwritten"),
         (["{folder}", "--out", "{tmp}/mine.jsonl", "--fresh"], "was not written by a scan"),
         (["{folder}", "--workers", "-1"], "--workers >= 0"),
         (["{folder}", "--timeout", "0"], "--timeout > 0"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-from tempo_fast.video.decoder import pick
+from torch import Tensor
+
+from tempo_fast.video.container import DecodeError
 
 
 def by_video(plans: Sequence[Any]) -> list[list[Any]]:
@@ -17,16 +18,22 @@ def by_video(plans: Sequence[Any]) -> list[list[Any]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def shared_reader(reader: Any, plans: Sequence[Any]) -> Any:
-    """A reader for these plans of one file, all their frames decoded in one pass.
+class _Decoded:
+    """A source of the pixels that it was given, by plan key."""
 
-    The pixels are the reader's own: only its frames are picked from those in memory.
+    def __init__(self, pixels: dict[str, Tensor | DecodeError]) -> None:
+        self._pixels = pixels
 
-    Raises:
-        InputError: the file cannot be decoded.
+    def pixels(self, plan: Any) -> Tensor:
+        out = self._pixels[plan.key]
+        if isinstance(out, DecodeError):
+            raise out
+        return out
+
+
+def shared_reader(reader: Any, plans: Sequence[Any]) -> _Decoded:
+    """A source for these plans alone, of one file: the reader's pixels, all frames decoded in one pass.
+
+    It raises DecodeError where the file cannot be decoded or has changed since it was planned.
     """
-    indices = sorted({i for plan in plans for i in plan.indices})
-    frames = reader.frames(reader.plan(plans[0].path, indices))
-    shared = copy.copy(reader)
-    shared.frames = lambda plan: pick(frames, indices, plan.indices)
-    return shared
+    return _Decoded(dict(zip([plan.key for plan in plans], reader.pixels_many(plans), strict=True)))

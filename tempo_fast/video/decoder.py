@@ -6,14 +6,17 @@ Shapes: F frames asked for, H and W pixels as displayed (rotation applied).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from tempo_fast.video.container import DecodeError
 from tempo_fast.video.probe import VideoInfo
 
+T = TypeVar("T")
+MOST_BYTES = 1 << 30
+"""Of frames that are decoded in one call, as long as it is not for a single file."""
 Item = tuple[str | os.PathLike[str], Sequence[int]]
 """A file and the frame numbers wanted of it."""
 
@@ -51,6 +54,20 @@ def one_by_one(decoder: Decoder, items: Sequence[Item]) -> list[Tensor | DecodeE
         except DecodeError as e:
             out.append(e)
     return out
+
+
+def in_batches(jobs: Iterable[tuple[T, int]], most: int | None = None) -> Iterator[list[T]]:
+    """Jobs, each given with the bytes of its frames, in runs of at most ``MOST_BYTES`` and ``most`` jobs."""
+    batch: list[T] = []
+    held = 0
+    for job, n_bytes in jobs:
+        if batch and (len(batch) == most or held + n_bytes > MOST_BYTES):
+            yield batch
+            batch, held = [], 0
+        batch.append(job)
+        held += n_bytes
+    if batch:
+        yield batch
 
 
 def check_refused(decoder: Decoder, info: VideoInfo) -> None:

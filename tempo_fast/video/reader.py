@@ -6,7 +6,7 @@ Shapes: F frames, P patches, C channels, tp and p temporal and spatial patch siz
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from tempo_fast.files import digest
 from tempo_fast.models.family import Grid, Timing, VideoGeometry
 from tempo_fast.video.container import DecodeError
 from tempo_fast.video.decode import decoder_for, open_decoder
-from tempo_fast.video.decoder import Decoder, pick
+from tempo_fast.video.decoder import Decoder, in_batches, pick
 from tempo_fast.video.preprocess import fit, to_patches
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 from tempo_fast.video.sampling import sample_frames, smart_resize, thin, video_max_pixels
@@ -111,8 +111,6 @@ class VideoReader:
         lasts = times[-1] - times[0]
         return self._make(info, chosen, times, (len(chosen) - 1) / lasts if lasts > 0 else self.config.fps)
 
-    plan_indices = plan
-
     def plan_range(self, path: str | os.PathLike[str], start_frame: int, end_frame: int) -> FramePlan:
         """Plan one clip [start_frame, end_frame): its frames at ``config.fps``, at least one temporal patch of them."""
         info = probe(path)
@@ -153,46 +151,71 @@ class VideoReader:
         clean and the perturbed video cost what one of them costs.
         """
         out: list[Any] = [None] * len(plans)
+        for k, frames in self._decoded(plans):
+            out[k] = frames
+        return out
+
+    def _decoded(self, plans: Sequence[FramePlan]) -> Iterator[tuple[int, Tensor | DecodeError]]:
+        """``frames_many``, each with its place in ``plans``, as they come out of the decoders."""
         files: dict[str, list[int]] = {}
         for k, plan in enumerate(plans):
             files.setdefault(plan.path, []).append(k)
-        jobs: dict[str, tuple[Decoder, list[tuple[str, list[int]]]]] = {}
+        jobs: dict[str, tuple[Decoder, list[tuple[tuple[str, list[int]], int]]]] = {}
         for path, places in files.items():
             try:
-                decoder = self._decoder_of(path, [plans[k].digest for k in places])
+                info = self._unchanged(path, [plans[k].digest for k in places])
             except DecodeError as e:
-                for k in places:
-                    out[k] = e
+                yield from ((k, e) for k in places)
                 continue
             together = sorted({i for k in places for i in plans[k].indices})
-            jobs.setdefault(decoder.name, (decoder, []))[1].append((path, together))
+            decoder = decoder_for(self.decoder, info, self.timeout_s)
+            n_bytes = len(together) * info.height * info.width * 3
+            jobs.setdefault(decoder.name, (decoder, []))[1].append(((path, together), n_bytes))
         for decoder, items in jobs.values():
-            for (path, together), frames in zip(items, decoder.decode_many(items), strict=True):
-                for k in files[path]:
-                    out[k] = frames if isinstance(frames, DecodeError) else pick(frames, together, plans[k].indices)
-        return out
+            for batch in in_batches(items):
+                for (path, together), frames in zip(batch, decoder.decode_many(batch), strict=True):
+                    for k in files[path]:
+                        yield k, frames if isinstance(frames, DecodeError) else pick(frames, together, plans[k].indices)
 
     def pixels(self, plan: FramePlan, dtype: torch.dtype | None = None) -> Tensor:
         """``dtype`` (None: the reader's) [P, C * tp * p * p] on the reader's device, normalised. Raises DecodeError."""
-        frames, index, blank = self._seen(plan)
-        return to_patches(frames, self.geometry, dtype or self.dtype, index=index, blank=blank)
+        seen = _seen(plan)
+        return self._patches(plan, seen, self.frames(seen), dtype)
+
+    def pixels_many(
+        self, plans: Sequence[FramePlan], dtype: torch.dtype | None = None
+    ) -> list[Tensor | DecodeError]:
+        """``pixels`` of each plan, in order, a failure as a value in its place.
+
+        Plans of one file share one decode, and a decoder gets several files at once, up to ``decoder.MOST_BYTES`` of
+        frames: no more than these are held at their native size.
+        """
+        out: list[Any] = [None] * len(plans)
+        seen = [_seen(plan) for plan in plans]
+        for k, frames in self._decoded(seen):
+            out[k] = frames if isinstance(frames, DecodeError) else self._patches(plans[k], seen[k], frames, dtype)
+        return out
 
     def resized(self, plan: FramePlan) -> Tensor:
         """uint8 [F, plan.height, plan.width, 3] on the reader's device: what the model sees. Raises DecodeError."""
-        frames, index, blank = self._seen(plan)
+        seen = _seen(plan)
+        frames, index, blank = self._fitted(plan, seen, self.frames(seen))
         shown = frames if index is None else frames[index.to(frames.device)]
         return shown if blank is None else shown.masked_fill(blank.to(frames.device)[:, None, None, None], 0)
 
-    def _seen(self, plan: FramePlan) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _patches(self, plan: FramePlan, seen: FramePlan, frames: Tensor, dtype: torch.dtype | None) -> Tensor:
+        frames, index, blank = self._fitted(plan, seen, frames)
+        return to_patches(frames, self.geometry, dtype or self.dtype, index=index, blank=blank)
+
+    def _fitted(
+        self, plan: FramePlan, seen: FramePlan, frames: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Resized frames, which of them stands at each place (None: all in order), and which places are black (None:
-        none). A frame that is seen several times is decoded and resized once, one that is never seen not at all."""
-        black = plan.blank if any(plan.blank) else (False,) * len(plan.indices)
-        distinct = sorted({i for i, dark in zip(plan.indices, black, strict=True) if not dark}) or [plan.indices[0]]
-        frames = self.frames(replace(plan, indices=tuple(distinct), blank=())).to(self.device)
-        frames = fit(frames, plan.height, plan.width, crop=self.geometry.crop)
-        place = {i: k for k, i in enumerate(distinct)}
-        index = None if plan.indices == tuple(distinct) else torch.tensor([place.get(i, 0) for i in plan.indices])
-        return frames, index, torch.tensor(black) if any(black) else None
+        none). ``frames`` are those of ``seen``."""
+        frames = fit(frames.to(self.device), plan.height, plan.width, crop=self.geometry.crop)
+        place = {i: k for k, i in enumerate(seen.indices)}
+        index = None if plan.indices == seen.indices else torch.tensor([place.get(i, 0) for i in plan.indices])
+        return frames, index, torch.tensor(plan.blank) if any(plan.blank) else None
 
     @staticmethod
     def _check_range(info: VideoInfo, start: int, end: int) -> None:
@@ -253,8 +276,16 @@ class VideoReader:
             raise InputError(f"{info.path}: {e}") from e
         return h, w, f"{c.min_pixels}..{budget}"
 
-    def _decoder_of(self, path: str, digests: Sequence[str]) -> Decoder:
+    @staticmethod
+    def _unchanged(path: str, digests: Sequence[str]) -> VideoInfo:
         info = probe(path)
         if any(d != info.digest for d in digests):
             raise DecodeError(f"{path}: the file has changed since it was planned")
-        return decoder_for(self.decoder, info, self.timeout_s)
+        return info
+
+
+def _seen(plan: FramePlan) -> FramePlan:
+    """What must be decoded: a frame that is seen several times once, one that is never seen not at all."""
+    black = plan.blank or (False,) * len(plan.indices)
+    distinct = sorted({i for i, dark in zip(plan.indices, black, strict=True) if not dark}) or [plan.indices[0]]
+    return replace(plan, indices=tuple(distinct), blank=())

@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from counter_clips import write_counter
 
 from tempo_fast.config import GenerationConfig, VideoConfig
 from tempo_fast.errors import InputError
@@ -58,7 +59,6 @@ def test_pixels_are_equal_and_decoded_once(reader, file, monkeypatch):
     shared = shared_reader(reader, plans)
     assert all(torch.equal(shared.pixels(p), w) for p, w in zip(plans, want, strict=True))
     assert len(calls) == 1 and len(set(calls[0])) == len(calls[0])
-    assert shared.decoder.name == reader.decoder.name
 
 
 def test_the_engine_decodes_a_video_once(tiny, reader, file, monkeypatch):
@@ -83,6 +83,27 @@ def test_a_file_that_cannot_be_decoded_is_named(tiny, reader, file, tmp_path):
     engine = make_engine(GenerationConfig(max_new_tokens=4), tiny, reader, FeatureCache(), 0)
     with pytest.raises(InputError, match="bad.mp4"):
         engine.generate([Request((p,), "Say it.") for p in plans])
+
+
+def test_a_file_that_changed_is_not_read_by_old_plans(reader, file, tmp_path):
+    path = tmp_path / "c.mp4"
+    path.write_bytes(open(file, "rb").read())
+    plans = plans_of(reader, str(path))
+    write_counter(path, 60, size=(56, 72))
+    with pytest.raises(InputError, match=r"c\.mp4: the file has changed since it was planned"):
+        pixels = shared_reader(reader, plans)
+        pixels.pixels(plans[0])
+
+
+def test_frames_that_are_only_shown_black_are_not_decoded(reader, file, monkeypatch):
+    plans = [reader.plan_clips(file, [(0, 10), (20, 30)], [False, True]), reader.plan(file, [3, 9])]
+    want = [reader.pixels(p) for p in plans]
+    calls = []
+    decode = reader.decoder.decode
+    monkeypatch.setattr(reader.decoder, "decode", lambda path, indices: calls.append(indices) or decode(path, indices))
+    shared = shared_reader(reader, plans)
+    assert all(torch.equal(shared.pixels(p), w) for p, w in zip(plans, want, strict=True))
+    assert len(calls) == 1 and max(calls[0]) < 10
 
 
 def test_by_video(make_plan):

@@ -15,6 +15,7 @@ from counter_clips import hide_first, read_counter, turned, upright, write_count
 
 from tempo_fast.config import VideoConfig
 from tempo_fast.video import decode as decode_module
+from tempo_fast.video import decoder as decoder_module
 from tempo_fast.video import probe as probe_module
 from tempo_fast.video.container import DecodeError
 from tempo_fast.video.decode import available_backends, decoder_for, open_decoder
@@ -96,6 +97,42 @@ def test_a_failure_is_a_value_in_its_place(reader, plain, tmp_path):
         assert isinstance(error, DecodeError) and words in str(error)
     with pytest.raises(DecodeError, match="gone.mp4: no such file"):
         reader.frames(plans[1])
+
+
+def test_pixels_of_many_plans_are_those_of_each(reader, plain, cut, tmp_path, monkeypatch):
+    gone = tmp_path / "gone.mp4"
+    gone.write_bytes(plain.read_bytes())
+    blank = reader.plan_clips(plain, [(0, 20), (40, 60), (20, 40)], [False, True, False])
+    plans = [reader.plan(plain), blank, reader.plan(cut), reader.plan(gone), reader.plan(cut, [7, 3, 7])]
+    want = [reader.pixels(plan) for plan in plans]
+    gone.unlink()
+    seen: list[tuple[str, list[int]]] = []
+    decode = PyAVDecoder.decode
+
+    def spy(self, path, indices):
+        seen.append((str(path), list(indices)))
+        return decode(self, path, indices)
+
+    monkeypatch.setattr(PyAVDecoder, "decode", spy)
+    got = reader.pixels_many(plans)
+    assert sorted(path for path, _ in seen) == sorted([str(plain), str(cut)])
+    hidden = set(blank.indices[i] for i, dark in enumerate(blank.blank) if dark) - set(plans[0].indices)
+    assert hidden and not hidden & set(dict(seen)[str(plain)])
+    assert isinstance(got.pop(3), DecodeError) and want.pop(3) is not None
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_frames_of_many_files_are_not_all_held_at_once(reader, plain, tmp_path, monkeypatch):
+    plans = []
+    for k in range(5):
+        (tmp_path / f"{k}.mp4").write_bytes(plain.read_bytes())
+        plans.append(reader.plan(tmp_path / f"{k}.mp4", [4, 40]))
+    monkeypatch.setattr(decoder_module, "MOST_BYTES", 2 * 2 * 64 * 192 * 3)
+    sizes: list[int] = []
+    decode_many = reader.decoder.decode_many
+    monkeypatch.setattr(reader.decoder, "decode_many", lambda items: sizes.append(len(items)) or decode_many(items))
+    assert all(isinstance(x, torch.Tensor) for x in reader.pixels_many(plans))
+    assert sizes == [2, 2, 1]
 
 
 def test_pixels_in_another_dtype(geometry, plain):

@@ -93,7 +93,6 @@ def test_given_frames_in_any_order(reader, plain):
     assert reader.plan(plain, [5, 40]).timestamps == pytest.approx([5 / 30, 40 / 30])
     shuffled = reader.plan(plain, [40, 5, 5])
     assert shuffled.indices == (40, 5, 5) and list(shuffled.timestamps) == sorted(shuffled.timestamps)
-    assert reader.plan_indices(plain, [5, 40]) == reader.plan(plain, [5, 40])
 
 
 def test_portrait_and_rotation_decide_the_grid(tmp_path, counter, reader):

@@ -17,9 +17,7 @@ from tempo_fast.video.container import DecodeError, DecodeTimeout, open_video
 from tempo_fast.video.decoder import Item, one_by_one, pick
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
-_Frames = Callable[[], Iterator[Any]]
-_SKIPS = {"h264", "hevc"}
-"""Codecs whose decoders can be told packet by packet to leave frames out (dav1d takes it for all of a file)."""
+_Frames = Callable[[bool], Iterator[Any]]
 
 
 class PyAVDecoder:
@@ -66,13 +64,13 @@ class PyAVDecoder:
             DecodeTimeout: ``deadline`` (of ``time.monotonic``) has passed.
         """
         last = -1
-        skips = info.indexed and info.codec in _SKIPS
-        ticks = {info.ticks[i] for i in distinct} if skips else set()
+        ticks = {info.ticks[i] for i in distinct} if info.indexed else set()
         with open_video(info.path) as (container, stream):
 
-            def decoded() -> Iterator[Any]:
+            def decoded(skipping: bool) -> Iterator[Any]:
+                stream.codec_context.skip_frame = "DEFAULT"
                 for packet in container.demux(stream):
-                    if skips and packet.pts is not None:
+                    if skipping and packet.pts is not None:
                         # no other frame refers to what NONREF skips (B-pictures, mostly)
                         stream.codec_context.skip_frame = "DEFAULT" if packet.pts in ticks else "NONREF"
                     for frame in packet.decode():
@@ -80,19 +78,20 @@ class PyAVDecoder:
                             raise DecodeTimeout(f"{info.path}: decoding took longer than {self.timeout_s:g} s")
                         yield frame
 
-            find = self._seeking if info.indexed else self._counting
-            for index, frame in find(info, distinct, container, stream, decoded):
+            if info.indexed:
+                found = self._seeking(info, distinct, container, stream, decoded)
+            else:
+                found = self._counting(info, distinct, decoded)
+            for index, frame in found:
                 last = index
                 yield index, to_rgb(info, frame)
         if last != distinct[-1]:
             missing = next(i for i in distinct if i > last)
             raise DecodeError(f"{info.path}: frame {missing} cannot be decoded (the stream ends before it)")
 
-    def _counting(
-        self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any, decoded: _Frames
-    ) -> Iterator[tuple[int, Any]]:
+    def _counting(self, info: VideoInfo, distinct: Sequence[int], decoded: _Frames) -> Iterator[tuple[int, Any]]:
         wanted = set(distinct)
-        for i, frame in enumerate(decoded()):
+        for i, frame in enumerate(decoded(False)):
             if i in wanted:
                 if frame.is_corrupt:
                     raise DecodeError(f"{info.path}: frame {i} is damaged")
@@ -103,29 +102,31 @@ class PyAVDecoder:
     def _seeking(
         self, info: VideoInfo, distinct: Sequence[int], container: Any, stream: Any, decoded: _Frames
     ) -> Iterator[tuple[int, Any]]:
+        skips = _may_skip(info.codec, stream.codec_context.extradata)
         frames: Iterator[Any] = iter(())
         first = info.seek_ticks[0]
-        at, from_start = -1, False  # the last frame number that came out; -1: nothing yet
+        surest: tuple[int | None, bool] = first, False  # from the first frame, none left out
+        at, way = -1, surest  # the last frame number that came out (-1: nothing yet), and how it was reached
         for index in distinct:
             k = max(0, bisect.bisect_right(info.keyframes, index) - 1)
             # None goes on from where decoding stands. MP4 seeks by presentation time, and by decode time would land one
             # keyframe early; others seek by decode time. A seek that lands after the frame shows in the timestamps, as
-            # does damage that only frames before the keyframe can mend: then from the first frame.
+            # does damage that only frames before the keyframe can mend, or a left-out frame that others need after all.
             if at < 0 or info.keyframes[k] > at + 1:
-                starts: list[int | None] = [info.ticks[info.keyframes[k]], info.seek_ticks[k], first]
+                ways = [(info.ticks[info.keyframes[k]], skips), (info.seek_ticks[k], skips), surest]
             else:
-                starts = [None] if from_start else [None, first]
-            starts = list(dict.fromkeys(starts))
+                ways = [(None, skips)] if way == surest else [(None, skips), surest]
+            ways = list(dict.fromkeys(ways))
             found = None
-            for start in starts:
+            for start, skipping in ways:
                 if start is not None:
                     container.seek(start, stream=stream)
                     stream.codec_context.flush_buffers()
-                    frames, from_start = decoded(), start == first
+                    frames, way = decoded(skipping), (start, skipping)
                 try:
                     found = self._advance(info, frames, index)
                 except av.error.FFmpegError:
-                    if start == starts[-1]:
+                    if (start, skipping) == ways[-1]:
                         raise
                 if found is not None:
                     break
@@ -144,6 +145,15 @@ class PyAVDecoder:
             if frame.pts == target:
                 return None if frame.is_corrupt else frame
         return None
+
+
+def _may_skip(codec: str, setup: bytes | None) -> bool:
+    """Whether the decoder can be told packet by packet to leave out what no other frame refers to (dav1d takes it for
+    all of a file). HEVC pictures only tell it for their own temporal layer, so there must be one layer alone:
+    numTemporalLayers of ISO/IEC 14496-15, 8.3.3.1, where the container has that record."""
+    if codec == "hevc":
+        return setup is not None and len(setup) > 21 and setup[0] == 1 and setup[21] >> 3 & 7 == 1
+    return codec == "h264"
 
 
 def to_rgb(info: VideoInfo, frame: Any) -> np.ndarray:

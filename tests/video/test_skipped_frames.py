@@ -48,8 +48,44 @@ def test_wanted_frames_are_those_of_a_whole_decode(tmp_path: Path, name: str) ->
             assert torch.equal(image, torch.from_numpy(whole[index])), (name, wanted, index)
 
 
-def test_frames_are_really_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_counter(tmp_path / "h264.mp4", 80, codec="libx264", bframes=3, gop=80)
+def temporal_layers(path: Path, *, told: bool) -> Path:
+    """HEVC in three temporal layers, where a picture of the middle one that no other of its layer refers to says so
+    (TSA_N for TSA_R: legal, and the pictures of the highest layer refer to it). The container tells the layers or not.
+    """
+    params = "log-level=none:bframes=7:keyint=40:min-keyint=40:temporal-layers=3:b-pyramid=1"
+    write_counter(path, 80, codec="libx265", bframes=7, gop=40, options={"x265-params": params})
+    data, renamed = bytearray(path.read_bytes()), 0
+    with av.open(str(path)) as file:
+        record = file.streams.video[0].codec_context.extradata
+        for packet in file.demux(video=0):
+            coded, at = bytes(packet), 0
+            while at < len(coded):  # NAL units, each behind its length
+                if coded[at + 4] >> 1 == 3:
+                    data[packet.pos + at + 4] = 2 << 1
+                    renamed += 1
+                at += 4 + int.from_bytes(coded[at : at + 4], "big")
+    assert renamed > 5 and record[21] >> 3 & 7 == 3
+    if not told:
+        data[data.index(record) + 21] ^= (3 ^ 1) << 3
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_pictures_that_only_higher_temporal_layers_refer_to(tmp_path: Path, told: bool) -> None:
+    path = temporal_layers(tmp_path / "layers.mp4", told=told)
+    whole, decoder = every_frame(path), PyAVDecoder()
+    assert len(whole) == probe(path).n_frames == 80
+    for index in range(80):
+        assert torch.equal(decoder.decode(path, [index])[0], torch.from_numpy(whole[index])), index
+    wanted = [3, 17, 18, 30, 31, 45, 79]
+    for index, image in zip(wanted, decoder.decode(path, wanted), strict=True):
+        assert torch.equal(image, torch.from_numpy(whole[index])), index
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_frames_are_really_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    path = write_counter(tmp_path / "clip.mp4", 80, codec=codec, bframes=3, gop=80)
     info, seen = probe(path), []
     advance = PyAVDecoder._advance
 

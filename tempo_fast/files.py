@@ -82,12 +82,17 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any])
 _THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
-def drop_stale(folder: str | os.PathLike[str], older_than_s: float = 86_400) -> None:
-    """Delete what killed processes left of ``write_atomic`` in a folder: temporary files of this age in seconds."""
+def drop_stale(folder: str | os.PathLike[str], pattern: str = ".*.tmp", older_than_s: float = 86_400) -> None:
+    """Delete what killed processes left in a folder: files and folders of this pattern and age in seconds; by default
+    what ``write_atomic`` had not finished."""
     now = time.time()
-    for path in Path(folder).glob(".*.tmp"):
+    for path in Path(folder).glob(pattern):
         try:
-            if now - path.stat().st_mtime > older_than_s:
+            if now - path.stat().st_mtime <= older_than_s:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
         except OSError:  # another process was faster
             pass

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest, file_digest, new_folder, read_json, write_atomic, write_json
+from tempo_fast.files import digest, drop_stale, file_digest, new_folder, read_json, write_atomic, write_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -77,3 +77,17 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
         raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3: file write failed")
     assert (tmp_path / "x" / "f").read_text() == "a"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_killed_processes_left_goes_when_it_is_old(tmp_path: Path) -> None:
+    for name in (".old.tmp", ".new.tmp", "kept.tmp", ".work-old/a/b", ".work-new/a", ".other/a"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    for name in (".old.tmp", "kept.tmp", ".work-old", ".other"):
+        os.utime(tmp_path / name, (1, 1))
+    drop_stale(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".new.tmp", ".other", ".work-new", ".work-old", "kept.tmp"]
+    drop_stale(tmp_path, ".work-*")
+    assert sorted(os.listdir(tmp_path)) == [".new.tmp", ".other", ".work-new", "kept.tmp"]
+    drop_stale(tmp_path / "nowhere")

@@ -138,6 +138,16 @@ def hide_first(path: Path, frames: int, rate: int = 30) -> Path:
     return path
 
 
+def hide_last(path: Path, seconds: float) -> Path:
+    """Let an MP4's edit list end so much earlier."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12
+    shorter = int.from_bytes(data[at : at + 4], "big") - round(seconds * 1000)
+    data[at : at + 4] = shorter.to_bytes(4, "big")
+    path.write_bytes(data)
+    return path
+
+
 # name -> (display matrix a b c d, what to store so that the picture stands upright, degrees clockwise, mirrored)
 TURNS: dict[str, tuple[list[int], Callable[[np.ndarray], np.ndarray], int, bool]] = {
     "upright": ([1, 0, 0, 1], lambda f: f, 0, False),
@@ -146,6 +156,7 @@ TURNS: dict[str, tuple[list[int], Callable[[np.ndarray], np.ndarray], int, bool]
     "counterclockwise": ([0, -1, 1, 0], lambda f: np.rot90(f, -1), 270, False),
     "mirrored": ([-1, 0, 0, 1], lambda f: f[:, ::-1], 0, True),
     "upside_down": ([1, 0, 0, -1], lambda f: f[::-1], 0, True),
+    "mirrored_turn": ([0, 1, 1, 0], lambda f: f.transpose(1, 0, 2), 90, True),
 }
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tempo_fast.config import TrainConfig, VideoConfig
 from tempo_fast.errors import InputError, Interrupted
-from tempo_fast.files import digest, write_atomic, write_json, writing
+from tempo_fast.files import digest, drop_stale, write_atomic, write_json, writing
 from tempo_fast.scan.pool import Outcome, run_isolated, warm_up
 from tempo_fast.scan.rows import Row, RowFile
 from tempo_fast.scan.sources import find_videos
@@ -30,7 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SCRATCH = ".scan-"
-_RULES = 1  # part of a row's settings: raise it when the same file must give another row
+_RULES = 2  # part of a row's settings: raise it when the same file must give another row
+_RETRIED = {"crash", "error", "io", "memory"}  # failures that say nothing of the file's bytes
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,11 @@ class _Scan:
     def run(self) -> None:
         """Rows of all files, then repairs of those that want one."""
         from tempo_fast.scan.row import Job, Shared
+        from tempo_fast.video.repair import RULES
 
         o = self.options
         settings = digest([self.config, self.geometry, o.decode, _RULES])[:16]
-        fix_settings = digest([self.repairs, str(o.fix.resolve())])[:16] if o.fix is not None else ""
+        fix_settings = digest([self.repairs, RULES, str(o.fix.resolve())])[:16] if o.fix is not None else ""
         todo = [p for p in self.paths if not _still_holds(self.rows.get(p), p, settings, o.timeout_s)]
         self.kept = len(self.paths) - len(todo)
         shared = Shared(self.config, self.geometry, o.decode, self.repairs)
@@ -133,23 +133,25 @@ class _Scan:
                 self.rows.append({**_scanned(job, outcome), "settings": settings})
         if o.fix is None:
             return
-        _drop_stale(o.fix)
-        with writing(o.fix), tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=o.fix) as scratch:
+        drop_stale(o.fix, f"{_SCRATCH}*")
+        with writing(o.fix):
+            scratch = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=o.fix)
+        with scratch:
             jobs = []
             for row in self.rows.ordered(self.paths):
-                if row.get("fix_settings") == fix_settings and (not row["fixed"] or os.path.exists(row["fixed"])):
-                    continue
                 wanted = self._repair_job(row)
+                if row.get("fix_settings") == fix_settings and _fix_still_holds(row, wanted):
+                    continue
                 if wanted is None:
-                    unfixed = {"fix": "none", "fixed": "", "fix_reason": "" if row["ok"] else row["reason"]}
-                    self.rows.append({**row, **unfixed, "fix_settings": fix_settings})
+                    none = {"fix": "none", "fixed": "", "fix_reason": "", "fix_settings": fix_settings}
+                    self.rows.append({**_scan_part(row), **none})
                 else:
                     jobs.append(wanted)
-            shared = Shared(self.config, self.geometry, o.decode, self.repairs, str(o.fix), scratch)
+            shared = Shared(self.config, self.geometry, o.decode, self.repairs, str(o.fix), scratch.name)
             with closing(self._work("fix", jobs, shared)) as found:
                 for job, outcome in found:
-                    row = self.rows.get(job.path) or {}
-                    self.rows.append({**row, **_repaired(job, outcome), "fix_settings": fix_settings})
+                    scanned = _scan_part(self.rows.get(job.path) or {})
+                    self.rows.append({**scanned, **_repaired(job, outcome), "fix_settings": fix_settings})
 
     def _work(self, name: str, jobs: Sequence[Job], shared: Shared) -> Generator[tuple[Job, Outcome], None, None]:
         from tempo_fast.runtime.progress import progress
@@ -183,18 +185,36 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _scan_part(row: Row) -> Row:
+    """A row without what was found by trying to repair the file."""
+    return {k: v for k, v in row.items() if not k.startswith("fix")}
+
+
+def _again(failure: str, had_s: float, have_s: float) -> bool:
+    """Whether to try again what failed with so many seconds: for another reason than the file's bytes, and after a
+    timeout when there is more time."""
+    return have_s > had_s if failure == "timeout" else failure in _RETRIED
+
+
 def _still_holds(row: Row | None, path: str, settings: str, timeout_s: float) -> bool:
-    """Whether a row of an earlier scan is about the file as it is now. A crash is tried again (memory may have been
-    short), and so is a timeout when there is more time."""
-    if row is None or row["settings"] != settings or row.get("failure") == "crash":
+    """Whether a row of an earlier scan is about the file as it is now."""
+    if row is None or row["settings"] != settings:
         return False
-    if row.get("failure") == "timeout" and timeout_s > row["timeout_s"]:
+    if _again(row.get("failure", ""), row.get("timeout_s", 0.0), timeout_s):
         return False
     try:
         stat = os.stat(path)
     except OSError:
         return False
     return (row.get("size_bytes"), row.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+
+
+def _fix_still_holds(row: Row, wanted: Job | None) -> bool:
+    """Whether what an earlier scan made of a file, or failed to make, is what there is to have."""
+    if row["fixed"] and not os.path.exists(row["fixed"]):
+        return False
+    limit = wanted.limit_s if wanted else 0.0
+    return not _again(row.get("fix_failure", ""), row.get("fix_timeout_s", 0.0), limit)
 
 
 def _scanned(job: Job, outcome: Outcome) -> Row:
@@ -215,8 +235,9 @@ def _repaired(job: Job, outcome: Outcome) -> Row:
     if not outcome.failure:
         made: Row = outcome.value
         return made
-    why = job.why or "is damaged"
-    return {"fix": "none", "fixed": "", "fix_reason": f"{why}; its repair {_failed(job, outcome)}"}
+    reason = f"{job.why or 'is damaged'}; its repair {_failed(job, outcome)}"
+    row = {"fix": "none", "fixed": "", "fix_reason": reason, "fix_failure": outcome.failure}
+    return row | ({"fix_timeout_s": job.limit_s} if outcome.failure == "timeout" else {})
 
 
 def _failed(job: Job, outcome: Outcome) -> str:
@@ -259,15 +280,8 @@ def _check_folder(folder: Path, videos: str, paths: Iterable[str]) -> None:
         raise InputError(f"--fix: {folder} cannot be written ({e.strerror})") from e
 
 
-def _drop_stale(folder: Path, older_than_s: float = 86_400) -> None:
-    """Delete what killed scans left of unfinished copies."""
-    for old in folder.glob(f"{_SCRATCH}*"):
-        if time.time() - old.stat().st_mtime > older_than_s:
-            shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_list(path: Path, rows: Iterable[Row]) -> None:
-    """What to train on: readable originals that need no copy, and copies."""
+    """What to train on: the copy of a file that has one, else the file where it can be read."""
     names = [os.path.abspath(r["fixed"] or r["video"]) for r in rows if r["fixed"] or r["ok"]]
     write_atomic(path, lambda f: f.write("".join(f"{name}\n" for name in names).encode()))
 

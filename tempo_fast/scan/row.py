@@ -15,6 +15,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.models.family import VideoGeometry
 from tempo_fast.scan.rows import Row
 from tempo_fast.video.container import DecodeError, open_video
+from tempo_fast.video.frames import intact_frames, not_of_the_file
 from tempo_fast.video.probe import VideoInfo
 from tempo_fast.video.reader import VideoReader
 from tempo_fast.video.repair import RepairConfig, longest_gop, repair
@@ -52,7 +53,8 @@ def work(job: Job, shared: Shared, report: Callable[[Row], None]) -> Row:
     if not job.repair:
         return scan_video(job.path, VideoReader(shared.video, shared.geometry), decode=shared.decode, report=report)
     made = repair(job.path, shared.folder, job.why, shared.repair, scratch=shared.scratch)
-    return {"fix": made.kind, "fixed": made.path, "fix_reason": made.reason}
+    row = {"fix": made.kind, "fixed": made.path, "fix_reason": made.reason}
+    return row | ({"fix_failure": made.failure} if made.failure else {})
 
 
 def scan_video(
@@ -62,12 +64,14 @@ def scan_video(
     decode: Decode = "sampled",
     report: Callable[[Row], None] = lambda row: None,
 ) -> Row:
-    """Facts of the file, its cost in tokens and decoding, ``ok``, and ``reason`` where it is not.
+    """Facts of the file, its cost in tokens and decoding, ``ok``, and ``reason`` where it is not; ``failure`` where
+    that is not about the file's bytes: "io", "memory", or "refused" by the model's rules.
 
-    ``frames_to_decode`` are the frames that a decoder goes through to reach the sampled ones, and ``decode_s`` the
-    seconds that this takes here, with conversion to RGB: measured on up to 16 of them and the last frame of the file,
-    and scaled. ``decode`` "all" also decodes every frame; "none" decodes nothing more than the probe does.
-    ``report`` is given the row as it is before decoding.
+    ``frames_to_decode`` are the most frames that a decoder goes through to reach the sampled ones (some leave out those
+    that no other refers to), and ``decode_s`` the seconds that this takes here, with conversion to RGB: measured on up
+    to 16 of them and the last frame of the file, and scaled. It is measured while other workers run, each with the
+    threads that FFmpeg takes for large pictures: an upper bound too. ``decode`` "all" also decodes every frame; "none"
+    decodes nothing more than the probe does. ``report`` is given the row as it is before decoding.
     """
     path = os.fspath(path)
     row: Row = {"video": path, "ok": False, "reason": ""}
@@ -103,12 +107,14 @@ def scan_video(
         if decode == "all":
             _decode_all(info)
         row["ok"] = True
-    except InputError as e:
-        if not isinstance(e, DecodeError):
-            row["failure"] = "refused"  # whole, but nothing for this model: an aspect ratio of 1000
-        row["reason"] = str(e).removeprefix(f"{path}: ")
-    except MemoryError:
-        row["reason"] = "does not fit into memory"
+    except (InputError, OSError, MemoryError) as e:
+        if isinstance(e, InputError):
+            row["reason"] = str(e).removeprefix(f"{path}: ")
+        else:
+            row["reason"] = f"cannot be read ({e.strerror})" if isinstance(e, OSError) else "does not fit into memory"
+        # "refused": whole, but nothing for this model: an aspect ratio of 1000
+        failure = not_of_the_file(e) or ("" if isinstance(e, DecodeError) else "refused")
+        row |= {"failure": failure} if failure else {}
     return row
 
 
@@ -121,8 +127,8 @@ def _can_be_listed(path: str) -> bool:
 
 
 def frames_to_decode(info: VideoInfo, indices: Sequence[int]) -> int:
-    """Frames decoded to reach the given ones in order: from the keyframe before each, or on from the last one reached
-    where no keyframe lies between; from the start where frames have no index."""
+    """Most frames decoded to reach the given ones in order: from the keyframe before each, or on from the last one
+    reached where no keyframe lies between; from the start where frames have no index."""
     distinct = sorted(set(indices))
     if not info.indexed:
         return distinct[-1] + 1
@@ -141,11 +147,10 @@ def _decode_all(info: VideoInfo) -> None:
     n = 0
     try:
         with open_video(info.path) as (container, stream):
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise DecodeError(f"{info.path}: a frame cannot be decoded")
+            for _ in intact_frames(info.path, container, stream):
                 n += 1
     except DecodeError as e:
-        raise DecodeError(f"{info.path}: is damaged after {n} of {info.n_frames} frames") from e
+        said = str(e).removeprefix(f"{info.path}: ")
+        raise DecodeError(f"{info.path}: is damaged after {n} of {info.n_frames} frames ({said})") from e
     if n != info.n_frames:
         raise DecodeError(f"{info.path}: is damaged ({n} of {info.n_frames} frames can be decoded)")

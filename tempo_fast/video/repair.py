@@ -21,11 +21,13 @@ import numpy as np
 from tempo_fast.files import digest, writing
 from tempo_fast.video.container import DecodeError, check_file, open_video
 from tempo_fast.video.display import DisplayTransform, display_transform
+from tempo_fast.video.frames import intact_frames, not_of_the_file
 from tempo_fast.video.probe import VideoInfo, content_digest, probe
 
 MIN_KEPT_S = 1.0
 """A damaged file is worth a copy when this many seconds of it decode."""
-_RULES = 1  # part of a copy's name: raise it when the same file must give another copy
+RULES = 2
+"""Part of a copy's name: raise it when the same file must give another copy."""
 _KEPT_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 _KEPT_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm"}
 _CONTAINERS = {".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
@@ -46,11 +48,12 @@ class RepairConfig:
 @dataclass(frozen=True)
 class Repair:
     """``kind`` of the copy at ``path``, "none" when there is none; ``reason`` says why the file wants one, and what was
-    cut or kept it from working."""
+    cut or kept it from working. ``failure`` as ``not_of_the_file`` names it: another try may give a copy."""
 
     kind: Literal["remux", "reencode", "none"]
     reason: str
     path: str = ""
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def repair(
     try:
         return _repair(path, Path(folder), Path(scratch or folder), why, config)
     except DecodeError as e:
-        return Repair("none", f"{why or 'is damaged'}; {str(e).removeprefix(f'{path}: ')}")
+        reason = f"{why or 'is damaged'}; {str(e).removeprefix(f'{path}: ')}"
+        return Repair("none", reason, failure=not_of_the_file(e))
 
 
 def _repair(path: str, folder: Path, scratch: Path, why: str, config: RepairConfig) -> Repair:
@@ -130,7 +134,7 @@ def _repair(path: str, folder: Path, scratch: Path, why: str, config: RepairConf
             return Repair("none", f"{why}; only {kept:.2f} s are left, less than {MIN_KEPT_S:g} s")
         why += f"; the {kept:.2f} s before it are kept" if shown.cut else ""
         remux = shown.cut  # otherwise it would be the same file again
-    key = digest([content_digest(path), config, _RULES])[:12]
+    key = digest([content_digest(path), config, RULES])[:12]
     original = Path(path)
     suffix = original.suffix.lower()
     if remux:
@@ -151,6 +155,8 @@ def _place(target: Path, scratch: Path, write: Callable[[Path, str], bool]) -> s
     give it its name."""
     temporary = scratch / f".{uuid.uuid4().hex[:12]}.tmp"  # no video's suffix, should it be left behind
     try:
+        with writing(target):
+            temporary.touch()  # from here on, what cannot be written is the container's fault and not the folder's
         if not write(temporary, _CONTAINERS.get(target.suffix, "mp4")):
             return ""
         with writing(target):
@@ -162,22 +168,6 @@ def _place(target: Path, scratch: Path, write: Callable[[Path, str], bool]) -> s
         temporary.unlink(missing_ok=True)
 
 
-def _intact(path: str, container: Any, stream: Any, cut: bool) -> Iterator[Any]:
-    """Frames in the order shown, up to the first sign of damage, which becomes a DecodeError.
-
-    Of a file that is cut off, pictures that wait for others at the end are left out: some before them may be missing.
-    """
-    for packet in container.demux(stream):
-        if cut and not packet.size:
-            return
-        if packet.is_corrupt:
-            raise DecodeError(f"{path}: a packet is incomplete")
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise DecodeError(f"{path}: a frame cannot be decoded")
-            yield frame
-
-
 def _decodable(path: str) -> _Shown:
     """What a damaged file shows before the damage."""
     ticks: list[int | None] = []
@@ -186,7 +176,9 @@ def _decodable(path: str) -> _Shown:
     try:
         check_file(path)
         cut = False
-    except DecodeError:
+    except DecodeError as e:
+        if not_of_the_file(e):
+            raise
         cut = True
     gap = unit = 0.0
     try:
@@ -194,17 +186,15 @@ def _decodable(path: str) -> _Shown:
             stream.thread_type = "NONE"  # frame threads report damage late
             gap = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
             unit = float(stream.time_base)
-            for frame in _intact(path, container, stream, cut):
+            for frame in intact_frames(path, container, stream, cut=cut):
                 if not ticks:
                     display = display_transform(path, frame)
                     height, width = display.size(frame.height, frame.width)
-                elif display.size(frame.height, frame.width) != (height, width):
-                    raise DecodeError(f"{path}: the picture changes its size")
                 ticks.append(frame.pts)
-    except DecodeError:
-        cut = True
-        if not ticks:
+    except DecodeError as e:
+        if not ticks or not_of_the_file(e):
             raise
+        cut = True
     known = [t for t in ticks if t is not None]
     if len(known) == len(ticks) and all(a < b for a, b in zip(known, known[1:], strict=False)):
         times = [(t - known[0]) * unit for t in known]
@@ -219,7 +209,7 @@ def _frames(path: str, shown: _Shown) -> Iterator[tuple[Any, Any]]:
     with open_video(path, whole=not shown.cut) as (container, stream):
         if shown.cut:
             stream.thread_type = "NONE"
-        for _, frame in zip(shown.times, _intact(path, container, stream, shown.cut), strict=False):
+        for _, frame in zip(shown.times, intact_frames(path, container, stream, cut=shown.cut), strict=False):
             yield frame, stream
 
 
@@ -229,13 +219,15 @@ def _remux(path: str, out: Path, form: str, shown: _Shown) -> bool:
         with open_video(path, whole=not shown.cut) as (container, stream):
             _copy_packets(container.demux(stream), stream, out, form, shown.last)
         return _verified(out, shown, shown.display) and _same_pictures(path, out, shown)
-    except DecodeError:  # a codec that the container does not take, timestamps that it refuses
+    except DecodeError as e:  # a codec that the container does not take, timestamps that it refuses
+        if not_of_the_file(e):
+            raise
         return False
 
 
 def _copy_packets(packets: Iterable[Any], stream: Any, out: Path, form: str, last: int | None) -> None:
     first: int | None = None
-    with writing(out.parent), av.open(str(out), "w", format=form) as target:
+    with writing(out.parent), av.open(f"file:{out}", "w", format=form) as target:
         copy = target.add_stream_from_template(stream)
         for packet in packets:
             if packet.is_corrupt:
@@ -271,7 +263,7 @@ def _encode(path: str, out: Path, form: str, shown: _Shown, config: RepairConfig
     durations: dict[int, int] = {}
     try:
         with writing(out.parent):
-            target = av.open(str(out), "w", format=form, options={"movflags": "+faststart"})
+            target = av.open(f"file:{out}", "w", format=form, options={"movflags": "+faststart"})
         for (frame, stream), start, end in zip(_frames(path, shown), shown.times, ends, strict=True):
             unit = Fraction(stream.time_base)
             if turn is None:
@@ -347,7 +339,9 @@ def _verified(out: Path, shown: _Shown, display: DisplayTransform) -> bool:
     """Whether the copy, read as any other file, has the frames and times it must have."""
     try:
         info = probe(out)
-    except DecodeError:
+    except DecodeError as e:
+        if not_of_the_file(e):
+            raise
         return False
     return (
         info.n_frames == len(shown.times)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tempo_fast.scan.row import frames_to_decode
 from tempo_fast.scan.sources import find_videos
 from tempo_fast.scan.summary import percentile, reason_kind
 from tempo_fast.schema import PreferenceRecord, Rejected
+from tempo_fast.video.container import DecodeError
+from tempo_fast.video.decode_pyav import PyAVDecoder
 
 GOOD = 24
 BAD = ("cut.mp4", "empty.mp4", "noise.mkv", "silent.mp4", "text.mp4")
@@ -259,6 +262,41 @@ def test_damage_in_the_middle_needs_every_frame(tmp_path):
     assert row["frames"] == 300 and row["tokens"] > 0, "what the index says is told all the same"
 
 
+def write_changing(path: Path, n: int, others: range) -> None:
+    """MJPEG, every picture of its own; ``others`` have another size."""
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mjpeg", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 192, 64, "yuvj420p"
+        rng = np.random.default_rng(n)
+        for i in range(n):
+            height, width = (96, 96) if i in others else (64, 192)
+            coder = av.CodecContext.create("mjpeg", "w")
+            coder.height, coder.width, coder.pix_fmt, coder.framerate = height, width, "yuvj420p", 30
+            coder.time_base = Fraction(1, 30)
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (height, width, 3), np.uint8), format="rgb24")
+            frame.pts = i
+            for packet in [*coder.encode(frame.reformat(format="yuvj420p")), *coder.encode(None)]:
+                packet.stream = stream
+                file.mux(packet)
+
+
+def test_a_picture_that_changes_in_the_middle_needs_every_frame(tmp_path):
+    path = tmp_path / "m.mkv"
+    write_changing(path, 40, range(17, 19))
+    with pytest.raises(DecodeError, match="the picture changes from 192x64 to 96x96"):
+        PyAVDecoder().decode(path, range(40))
+    out = tmp_path / "o.jsonl"
+    assert scan(path, "--out", out) == 0 and rows_of(out)[0]["ok"], "none of the two was sampled"
+    assert scan(path, "--out", out, "--decode", "all", "--fix", tmp_path / "fixed") == 0
+    [row] = rows_of(out)
+    said = "is damaged after 17 of 40 frames (the picture changes from 192x64 to 96x96)"
+    assert (row["ok"], row["reason"]) == (False, said)
+    assert row["fix"] == "none" and "is damaged after frame 16; only 0.57 s are left" in row["fix_reason"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -271,7 +309,7 @@ def test_damage_in_the_middle_needs_every_frame(tmp_path):
         (["{folder}", "--fix", "/proc/copies"], "--fix: /proc/copies cannot be written"),
         (["{folder}", "--fix", "{tmp}/empty.txt/x"], "empty.txt/x cannot be written"),
         (["{folder}", "--out", "/proc/rows.jsonl"], "/proc/rows.jsonl: cannot be written"),
-        (["{folder}", "--out", "{tmp}/mine.jsonl"], "mine.jsonl: line 1 was not written by a scan and would be overwritten"),
+        (["{folder}", "--out", "{tmp}/mine.jsonl"], "mine.jsonl: line 1 was not written by a scan"),
         (["{folder}", "--out", "{tmp}/mine.jsonl", "--fresh"], "was not written by a scan"),
         (["{folder}", "--workers", "-1"], "--workers >= 0"),
         (["{folder}", "--timeout", "0"], "--timeout > 0"),

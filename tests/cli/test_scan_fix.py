@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counter_clips import read_counter, write_counter
+from counter_clips import hide_first, hide_last, read_counter, write_counter
 
 from tempo_fast import cli
 from tempo_fast.curate import list_videos
@@ -24,29 +24,16 @@ def shown(path: Path | str) -> list[int]:
     return read_counter(PyAVDecoder().decode(path, range(probe(path).n_frames)))
 
 
-def edit(path: Path, field: int, change: int) -> None:
-    """Change a number of the MP4's edit list: its duration (8, in milliseconds) or its start (12, in stream units)."""
-    data = bytearray(path.read_bytes())
-    at = data.index(b"elst") + 4 + field
-    data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + change).to_bytes(4, "big")
-    path.write_bytes(data)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One file of every kind, in two folders where names repeat."""
-    import av
-
     out = tmp_path / "videos"
     (out / "a").mkdir(parents=True)
     (out / "b").mkdir()
     write_counter(out / "a" / "good.mp4", 60)
     write_counter(out / "b" / "vfr.mkv", 60, pts=[0, *np.cumsum(np.random.default_rng(1).integers(9, 70, 59)).tolist()])
-    hidden = write_counter(out / "a" / "same.mp4", 80, bframes=2)
-    with av.open(str(hidden)) as container:
-        edit(hidden, 12, 7 * round(1 / 30 / container.streams.video[0].time_base))
-    tail = write_counter(out / "b" / "same.mp4", 80)
-    edit(tail, 8, -500)
+    hide_first(write_counter(out / "a" / "same.mp4", 80, bframes=2), 7)
+    hide_last(write_counter(out / "b" / "same.mp4", 80), 0.5)
     write_counter(out / "b" / "far.mp4", 300, gop=400, bframes=2, audio=True)
     first = write_counter(out / "a" / "cut.mp4", 90, container={"movflags": "faststart"})
     first.write_bytes(first.read_bytes()[:-600])
@@ -135,6 +122,20 @@ def test_a_whole_file_that_no_model_takes_gets_no_copy(tmp_path):
     row = rows["strip.mp4"]
     assert not row["ok"] and "aspect ratio" in row["reason"] and (row["fix"], row["fixed"]) == ("none", "")
     assert (tmp_path / "fixed/videos.txt").read_text() == ""
+
+
+def test_names_with_a_colon(tmp_path, monkeypatch):
+    """FFmpeg takes what stands before one for a protocol."""
+    videos = tmp_path / "vid:eos"
+    videos.mkdir()
+    hide_first(write_counter(videos / "a:1.mp4", 40), 5)
+    hide_last(write_counter(videos / "b:2.mp4", 60), 0.5)
+    monkeypatch.chdir(tmp_path)
+    words = ["scan", "vid:eos", "--fix", "cop:ies", "--out", "ro:ws.jsonl", "--workers", "1"]
+    assert cli.main(words) == 0
+    rows = [json.loads(line) for line in Path("ro:ws.jsonl").read_text().splitlines()]
+    assert [row["fix"] for row in rows] == ["reencode", "remux"], [row["fix_reason"] for row in rows]
+    assert [shown(row["fixed"]) for row in rows] == [list(range(5, 40)), list(range(45))]
 
 
 def test_a_data_set_from_elsewhere(folder, tmp_path):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from counter_clips import TURNS, hide_first, hide_last, turned
 
 from tempo_fast.errors import InputError
 from tempo_fast.files import file_digest
+from tempo_fast.video import repair as repair_module
 from tempo_fast.video.decode_pyav import PyAVDecoder
 from tempo_fast.video.probe import DecodeError, probe
 from tempo_fast.video.repair import Repair, RepairConfig, longest_gop, repair, why_repair
@@ -22,28 +25,6 @@ UNEVEN = [0, *np.cumsum(np.random.default_rng(5).integers(8, 60, N - 1)).tolist(
 
 def shown(counter, path) -> list[int]:
     return counter.read(PyAVDecoder().decode(path, range(probe(path).n_frames)))
-
-
-def hide_first(path: Path, frames: int, rate: int = 30) -> None:
-    """Let the MP4's edit list start so many frames later: their packets stay in the file."""
-    import av
-
-    with av.open(str(path)) as container:
-        ticks = round(1 / rate / container.streams.video[0].time_base)
-    data = bytearray(path.read_bytes())
-    at = data.index(b"elst") + 4
-    start = int.from_bytes(data[at + 12 : at + 16], "big", signed=True)
-    data[at + 12 : at + 16] = (start + frames * ticks).to_bytes(4, "big", signed=True)
-    path.write_bytes(data)
-
-
-def hide_last(path: Path, seconds: float) -> None:
-    """Let the MP4's edit list end so much earlier."""
-    data = bytearray(path.read_bytes())
-    at = data.index(b"elst") + 12
-    shorter = int.from_bytes(data[at : at + 4], "big") - round(seconds * 1000)
-    data[at : at + 4] = shorter.to_bytes(4, "big")
-    path.write_bytes(data)
 
 
 def why(path: Path) -> str:
@@ -116,21 +97,10 @@ def test_far_keyframes_are_brought_closer(name, tmp_path, counter):
     assert (ours - theirs).abs().mean() < 3  # levels of 255; a wrong matrix or range is off by far more
 
 
-QUARTERS = {
-    "clockwise": ([0, 1, -1, 0], lambda f: np.rot90(f, 1)),
-    "half": ([-1, 0, 0, -1], lambda f: np.rot90(f, 2)),
-    "counterclockwise": ([0, -1, 1, 0], lambda f: np.rot90(f, -1)),
-    "mirrored": ([-1, 0, 0, 1], lambda f: f[:, ::-1]),
-    "mirrored_turn": ([0, 1, 1, 0], lambda f: f.transpose(1, 0, 2)),
-}
-
-
-@pytest.mark.parametrize("name", QUARTERS)
+@pytest.mark.parametrize("name", [name for name in TURNS if name != "upright"])
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p"])
 def test_rotation_is_baked_in(name, pix_fmt, tmp_path, counter):
-    (a, b, c, d), store = QUARTERS[name]
-    matrix = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
-    path = counter.write(tmp_path / "r.mp4", 40, gop=400, matrix=matrix, turn=store, pix_fmt=pix_fmt)
+    path = counter.write(tmp_path / "r.mp4", 40, gop=400, pix_fmt=pix_fmt, **turned(name))
     folder = tmp_path / "fixed"
     folder.mkdir()
     copy = repair(path, folder, "far keyframes", CONFIG)
@@ -140,8 +110,7 @@ def test_rotation_is_baked_in(name, pix_fmt, tmp_path, counter):
 
 
 def test_a_remux_keeps_the_rotation_tag(tmp_path, counter):
-    matrix = [0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30]
-    path = counter.write(tmp_path / "r.mp4", 60, matrix=matrix, turn=QUARTERS["clockwise"][1])
+    path = counter.write(tmp_path / "r.mp4", 60, **turned("clockwise"))
     hide_last(path, 0.5)
     folder = tmp_path / "fixed"
     folder.mkdir()
@@ -220,6 +189,25 @@ def test_damage_in_the_middle_ends_the_copy_there(tmp_path, counter):
     assert copy.kind != "none", copy.reason
     frames = shown(counter, copy.path)
     assert frames == list(range(len(frames))) and 30 <= len(frames) < N
+
+
+def test_a_disk_that_stops_answering_is_no_damage(tmp_path, counter, monkeypatch):
+    """Neither is what was read so far a copy, nor may the verdict be kept."""
+    path, _ = cut(counter.write(tmp_path / "w.mp4", N), tmp_path / "c.mp4", 0.9)
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    real = repair_module.intact_frames
+    for stops in (1, 40):
+
+        def failing(*args, stops=stops, **kwargs):
+            yield from itertools.islice(real(*args, **kwargs), stops)
+            raise DecodeError(f"{path}: cannot be decoded (Input/output error)") from OSError(errno.EIO, "")
+
+        monkeypatch.setattr(repair_module, "intact_frames", failing)
+        copy = repair(path, folder, "", CONFIG)
+        assert (copy.kind, copy.failure, list(folder.iterdir())) == ("none", "io", [])
+    monkeypatch.undo()
+    assert repair(path, folder, "", CONFIG).failure == ""
 
 
 def test_less_than_a_second_is_not_worth_it(tmp_path, counter):

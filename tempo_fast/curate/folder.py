@@ -31,7 +31,7 @@ VIDEO_SUFFIXES = {
     ".wmv",
 }  # fmt: skip
 _LIST_SUFFIXES = {".txt", ".lst", ".list"}
-_RULES = 1  # part of the journal's key: raise it when the same config must give other clips
+_RULES = 2  # part of the journal's key: raise it when the same config must give other clips
 
 
 @dataclass

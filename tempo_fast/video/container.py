@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +27,31 @@ class DecodeError(InputError):
 
 class DecodeTimeout(DecodeError):
     """Reading a file took too long: of the machine or the disk, perhaps, and not of the file."""
+
+
+class Deadline:
+    """The end of the ``timeout_s`` seconds, from now on, that reading a file may take; None for no end.
+
+    All are equal: what is cached by arguments does not depend on the time left.
+    """
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self.timeout_s = timeout_s
+        self._ends = math.inf if timeout_s is None else time.monotonic() + timeout_s
+
+    def check(self, path: str) -> None:
+        """Raises DecodeTimeout once it has passed."""
+        if time.monotonic() > self._ends:
+            raise DecodeTimeout(f"{path}: reading it took longer than {self.timeout_s:g} s")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Deadline)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+NO_END = Deadline()
 
 
 def reason(error: BaseException) -> str:
@@ -86,9 +113,12 @@ def _check_iso(path: str, f: Any, size: int) -> None:
 
 def check_structure(path: str) -> None:
     """Raises DecodeError where a whole look at a Matroska/WebM file's elements finds one damaged; costs a read of all
-    their headers."""
-    with open(path, "rb") as f:
-        at = gap(f) if f.read(4) == _MATROSKA else None
+    their headers. Raises it for a file that cannot be read, too."""
+    try:
+        with open(path, "rb") as f:
+            at = gap(f) if f.read(4) == _MATROSKA else None
+    except OSError as e:
+        raise DecodeError(f"{path}: cannot be read ({e.strerror})") from e
     if at is not None:
         raise DecodeError(f"{path}: is damaged (no element where one should be, at byte {at})")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempo_fast.video.container import DecodeError, DecodeTimeout, open_video
+from tempo_fast.video.container import NO_END, Deadline, DecodeError, open_video
 from tempo_fast.video.decoder import Item, one_by_one, pick
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
@@ -26,7 +25,7 @@ class PyAVDecoder:
     edit list's hidden frames are never counted).
 
     Args:
-        timeout_s: seconds that decoding one file may take, looked at between frames; None for no end.
+        timeout_s: seconds that decoding one file may take, looked at between packets and frames; None for no end.
     """
 
     name = "pyav"
@@ -41,8 +40,8 @@ class PyAVDecoder:
 
     def decode(self, path: str | os.PathLike[str], indices: Sequence[int]) -> Tensor:
         """See ``Decoder.decode``."""
-        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
-        info = probe(path)
+        deadline = Deadline(self.timeout_s)
+        info = probe(path, deadline)
         wanted = check_indices(info, indices)
         distinct = sorted(set(wanted))
         out = np.empty((len(distinct), info.height, info.width, 3), np.uint8)
@@ -55,13 +54,13 @@ class PyAVDecoder:
         return one_by_one(self, items)
 
     def iterate(
-        self, info: VideoInfo, distinct: Sequence[int], deadline: float | None = None
+        self, info: VideoInfo, distinct: Sequence[int], deadline: Deadline = NO_END
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (index, uint8 [H, W, 3]) for ascending distinct indices, one frame in memory at a time.
 
         Raises:
             DecodeError: a frame cannot be decoded exactly.
-            DecodeTimeout: ``deadline`` (of ``time.monotonic``) has passed.
+            DecodeTimeout: ``deadline`` has passed.
         """
         last = -1
         ticks = {info.ticks[i] for i in distinct} if info.indexed else set()
@@ -70,12 +69,12 @@ class PyAVDecoder:
             def decoded(skipping: bool) -> Iterator[Any]:
                 stream.codec_context.skip_frame = "DEFAULT"
                 for packet in container.demux(stream):
+                    deadline.check(info.path)
                     if skipping and packet.pts is not None:
                         # no other frame refers to what NONREF skips (B-pictures, mostly)
                         stream.codec_context.skip_frame = "DEFAULT" if packet.pts in ticks else "NONREF"
                     for frame in packet.decode():
-                        if deadline is not None and time.monotonic() > deadline:
-                            raise DecodeTimeout(f"{info.path}: decoding took longer than {self.timeout_s:g} s")
+                        deadline.check(info.path)
                         yield frame
 
             if info.indexed:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from tempo_fast.errors import InputError
 from tempo_fast.files import file_digest
-from tempo_fast.video.container import DecodeError, check_file, check_structure, open_video
+from tempo_fast.video.container import NO_END, Deadline, DecodeError, check_file, check_structure, open_video
 from tempo_fast.video.display import DisplayTransform, display_transform
 from tempo_fast.video.packets import Packet, codec_name, dense_keyframes, open_gop, read_packet, trustworthy
 
@@ -90,14 +91,15 @@ class VideoInfo:
         return bool(self.ticks)
 
 
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
+def probe(path: str | os.PathLike[str], deadline: Deadline = NO_END) -> VideoInfo:
     """Probe a file; kept in memory for (path, size, mtime, digest of the file's two ends).
 
     Raises:
         DecodeError: missing, empty, truncated, damaged, not a video, audio only, or an odd display matrix.
+        DecodeTimeout: ``deadline`` has passed.
     """
     path = os.fspath(path)
-    return _probe(path, *_stamp(path))
+    return _probe(path, *_stamp(path), deadline)
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
@@ -124,15 +126,18 @@ def _stamp(path: str) -> tuple[int, int, str]:
 # Small, and dear to make again: it outlives the infos, of which an hour of video fills several megabytes.
 @lru_cache(maxsize=1 << 16)
 def _content_digest(path: str, size: int, mtime_ns: int, ends: str) -> str:
-    return file_digest(path)
+    try:
+        return file_digest(path)
+    except InputError as e:
+        raise DecodeError(str(e)) from e
 
 
 @lru_cache(maxsize=512)
-def _probe(path: str, size: int, mtime_ns: int, ends: str) -> VideoInfo:
+def _probe(path: str, size: int, mtime_ns: int, ends: str, deadline: Deadline) -> VideoInfo:
     with open_video(path) as (container, stream):
         check_structure(path)
         codec = codec_name(stream.codec_context.name)
-        packets, first = _demux(path, codec, container, stream)
+        packets, first = _demux(path, codec, container, stream, deadline)
         display = display_transform(path, first)
         stated = float(stream.average_rate or stream.guessed_rate or 25)
         unit = float(stream.time_base)
@@ -163,7 +168,7 @@ def _probe(path: str, size: int, mtime_ns: int, ends: str) -> VideoInfo:
         seek_ticks = tuple(p.pts if p.dts is None else p.dts for _, p in keys)  # type: ignore[misc]
         times = [(t - ticks[0]) * unit for t in ticks]
     else:
-        times = _decoded_times(path, gap)
+        times = _decoded_times(path, gap, deadline)
 
     gaps = np.diff(times)
     if len(gaps):
@@ -199,11 +204,12 @@ def _named(names: dict[int, str], value: Any) -> str:
     return names.get(int(value), str(int(value)))
 
 
-def _demux(path: str, codec: str, container: Any, stream: Any) -> tuple[list[Packet], Any]:
+def _demux(path: str, codec: str, container: Any, stream: Any, deadline: Deadline) -> tuple[list[Packet], Any]:
     """All packets, and the first frame presented."""
     packets: list[Packet] = []
     first = None
     for packet in container.demux(stream):
+        deadline.check(path)
         if packet.is_corrupt:
             raise DecodeError(f"{path}: is truncated or damaged (packet {len(packets)} is incomplete)")
         # of zero bytes with a time: repeats the frame before it in some containers; without: the end
@@ -218,11 +224,12 @@ def _demux(path: str, codec: str, container: Any, stream: Any) -> tuple[list[Pac
     return packets, first
 
 
-def _decoded_times(path: str, gap: float) -> list[float]:
+def _decoded_times(path: str, gap: float, deadline: Deadline) -> list[float]:
     """Decode everything and note each presented frame's time; frames without one follow at the average rate."""
     times: list[float] = []
     with open_video(path) as (container, stream):
         for i, frame in enumerate(container.decode(stream)):
+            deadline.check(path)
             if frame.is_corrupt:
                 raise DecodeError(f"{path}: is damaged (frame {i} cannot be decoded)")
             times.append(i * gap if frame.pts is None else float(frame.pts * frame.time_base))

@@ -18,7 +18,7 @@ from tempo_fast.config import VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest
 from tempo_fast.models.family import Grid, Timing, VideoGeometry
-from tempo_fast.video.container import DecodeError
+from tempo_fast.video.container import Deadline, DecodeError
 from tempo_fast.video.decode import decoder_for, open_decoder
 from tempo_fast.video.decoder import Decoder, in_batches, pick
 from tempo_fast.video.preprocess import fit, to_patches
@@ -276,9 +276,8 @@ class VideoReader:
             raise InputError(f"{info.path}: {e}") from e
         return h, w, f"{c.min_pixels}..{budget}"
 
-    @staticmethod
-    def _unchanged(path: str, digests: Sequence[str]) -> VideoInfo:
-        info = probe(path)
+    def _unchanged(self, path: str, digests: Sequence[str]) -> VideoInfo:
+        info = probe(path, Deadline(self.timeout_s))
         if any(d != info.digest for d in digests):
             raise DecodeError(f"{path}: the file has changed since it was planned")
         return info

@@ -74,7 +74,7 @@ def test_repeated_frames_are_decoded_once(plain, monkeypatch):
     seen: list[int] = []
     iterate = PyAVDecoder.iterate
 
-    def spy(self, info, distinct, deadline=None):
+    def spy(self, info, distinct, deadline):
         seen.extend(distinct)
         return iterate(self, info, distinct, deadline)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from tempo_fast.errors import InputError
 from tempo_fast.video.container import DecodeError, reason
-from tempo_fast.video.decoder import Item, check_refused, pick
+from tempo_fast.video.decoder import Item, check_refused, in_batches, pick
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
 _CPU_CODECS = {"vp8", "vp9", "mjpeg"}
 _GPU_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _BATCH = 8
-_BATCH_BYTES = 1 << 30
 
 
 class _Job(NamedTuple):
@@ -95,7 +94,7 @@ class DaliDecoder:
         return out
 
     def decode_many(self, items: Sequence[Item]) -> list[Tensor | DecodeError]:
-        """See ``Decoder.decode_many``: up to 8 files and 1 GiB of frames a run."""
+        """See ``Decoder.decode_many``: up to 8 files and ``decoder.MOST_BYTES`` a run."""
         out: list[Any] = [None] * len(items)
         jobs = []
         for place, (path, indices) in enumerate(items):
@@ -106,7 +105,7 @@ class DaliDecoder:
                 jobs.append(_Job(place, info, wanted, sorted(set(wanted))))
             except DecodeError as e:
                 out[place] = e
-        for batch in _batches(jobs):
+        for batch in in_batches(((job, job.n_bytes) for job in jobs), _BATCH):
             for job, result in zip(batch, self._run_safely(batch), strict=True):
                 out[job.place] = result
         return out
@@ -127,6 +126,8 @@ class DaliDecoder:
             pipe.feed_input("frames", [np.asarray(job.distinct, dtype=np.int32) for job in jobs])
             (out,) = pipe.run()
             frames = [self._to_torch(out, k) for k in range(len(jobs))]
+            if self._gpu:  # the next run must not fill the buffer while it is still being copied
+                torch.cuda.current_stream(frames[0].device).synchronize()
             self._pipeline = pipe  # only a run without an error leaves it usable
         return [self._finished(job, x) for job, x in zip(jobs, frames, strict=True)]
 
@@ -156,14 +157,3 @@ class DaliDecoder:
         if self._gpu:
             return torch.from_dlpack(out[place]).clone()
         return torch.from_numpy(np.array(out.at(place)))
-
-
-def _batches(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-    batch: list[_Job] = []
-    for job in jobs:
-        if batch and (len(batch) == _BATCH or sum(j.n_bytes for j in batch) + job.n_bytes > _BATCH_BYTES):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from counter_clips import hide_first, read_counter, turned, upright, write_counter
@@ -383,6 +384,40 @@ def test_what_dali_gpu_refuses(tmp_path):
     cut = hide_first(write_counter(tmp_path / "cut.mp4", 30), 3)
     assert "edit list" in decoder.refuses(probe(cut))
     assert decoder_for(decoder, probe(cut)).name == "pyav"
+
+
+@DALI
+def test_a_pipeline_on_the_gpu_runs_again_when_its_frames_are_copied(plain, monkeypatch):
+    """With a pipeline that shows what is done to it: the copy's stream is waited for while no other run can begin."""
+    from tempo_fast.video.decode_dali import DaliDecoder
+
+    decoder, buffer = DaliDecoder(gpu=True, device=torch.device("cuda")), np.zeros((2, 64, 192, 3), np.uint8)
+    pipe = SimpleNamespace(feed_input=lambda *a: None, run=lambda: ([buffer],))
+    monkeypatch.setattr(decoder, "_built", lambda: pipe)
+    waited: list[tuple[bool, bool]] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append((decoder._lock.locked(), decoder._pipeline is None)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    frames = decoder.decode(plain, [7, 3])
+    buffer[:] = 1
+    assert waited == [(True, True)] and not frames.any() and decoder._pipeline is pipe
+
+
+@DALI
+@pytest.mark.parametrize(("gpu", "device", "used"), [(True, "cuda", 3), (True, "cuda:1", 1), (False, "cpu", None)])
+def test_dali_uses_the_device_asked_for_or_that_of_the_thread(gpu, device, used, monkeypatch):
+    from tempo_fast.video.decode_dali import DaliDecoder
+
+    decoder, seen = DaliDecoder(gpu=gpu, device=torch.device(device)), []
+
+    def pipeline(**options: Any) -> Any:
+        seen.append(options["device_id"])
+        raise RuntimeError("this is as far as it goes")
+
+    monkeypatch.setattr(decoder, "_pipeline_class", pipeline)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with pytest.raises(RuntimeError, match="as far as"):
+        decoder._built()
+    assert seen == [used]
 
 
 def test_of_several_video_streams_the_first_is_read_by_pyav(tmp_path):

@@ -16,6 +16,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.files import file_digest
 from tempo_fast.video.container import NO_END, Deadline, DecodeError, check_file, check_structure, open_video
 from tempo_fast.video.display import DisplayTransform, display_transform
+from tempo_fast.video.frames import intact_frames
 from tempo_fast.video.packets import Packet, codec_name, dense_keyframes, open_gop, read_packet, trustworthy
 
 __all__ = ["DecodeError", "VideoInfo", "check_indices", "content_digest", "probe"]
@@ -228,10 +229,8 @@ def _decoded_times(path: str, gap: float, deadline: Deadline) -> list[float]:
     """Decode everything and note each presented frame's time; frames without one follow at the average rate."""
     times: list[float] = []
     with open_video(path) as (container, stream):
-        for i, frame in enumerate(container.decode(stream)):
+        for i, frame in enumerate(intact_frames(path, container, stream)):
             deadline.check(path)
-            if frame.is_corrupt:
-                raise DecodeError(f"{path}: is damaged (frame {i} cannot be decoded)")
             times.append(i * gap if frame.pts is None else float(frame.pts * frame.time_base))
     if not times:
         raise DecodeError(f"{path}: no frame can be decoded")

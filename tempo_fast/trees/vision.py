@@ -9,7 +9,7 @@ import itertools
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,13 +42,27 @@ class Pixels:
 def prepare_pixels(
     reader: PixelSource, plans: Sequence[Any], device: torch.device | str, dtype: torch.dtype
 ) -> Pixels | None:
-    """Decode ``plans``, each distinct video (by ``plan.key``) once; None when there are none."""
+    """Decode ``plans``, each distinct video (by ``plan.key``) once; None when there are none.
+
+    A reader that has ``pixels_many`` gets them in one call, to decode each file once. Raises what the reader raises.
+    """
     if not plans:
         return None
     distinct = list({plan.key: plan for plan in plans}.values())
     place = {plan.key: i for i, plan in enumerate(distinct)}
-    pixels = torch.cat([reader.pixels(plan).to(device, dtype) for plan in distinct])
-    return Pixels(pixels, [Grid(*plan.grid) for plan in distinct], [place[plan.key] for plan in plans])
+    videos = [video.to(device, dtype) for video in _read(reader, distinct, dtype)]
+    return Pixels(torch.cat(videos), [Grid(*plan.grid) for plan in distinct], [place[plan.key] for plan in plans])
+
+
+def _read(reader: PixelSource, plans: Sequence[Any], dtype: torch.dtype) -> Iterator[Tensor]:
+    many = getattr(reader, "pixels_many", None)
+    if many is None or len(plans) == 1:
+        yield from (reader.pixels(plan) for plan in plans)
+        return
+    for video in many(plans, dtype):
+        if isinstance(video, Exception):
+            raise video
+        yield video
 
 
 def encode_pixels(family: Family, model: nn.Module, prepared: Pixels) -> Tensor:

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from counter_clips import write_counter
 
+from tempo_fast.config import VideoConfig
+from tempo_fast.errors import InputError
 from tempo_fast.trees.feature_store import FeatureStore
 from tempo_fast.trees.vision import FeatureCache, encode_pixels, prepare_pixels
+from tempo_fast.video.reader import VideoReader
 
 
 def encode(bundle: Any, reader: Any, plans: list[Any], dtype: torch.dtype = torch.float32) -> Any:
@@ -107,6 +111,22 @@ def test_prepared_pixels_hold_each_video_once(reader: Any, make_plan: Any) -> No
     want = torch.cat([reader.pixels(b), reader.pixels(a)]).bfloat16()
     assert torch.equal(prepared.pixels, want)
     assert prepare_pixels(reader, [], "cpu", torch.float32) is None
+
+
+def test_a_reader_decodes_a_file_once_for_all_its_plans(tiny: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    path = write_counter(tmp_path / "c.mp4", 40)
+    config = VideoConfig(backend="pyav", fps=5, min_frames=2, min_pixels=784, max_pixels=56 * 28)
+    reader = VideoReader(config, tiny.geometry)
+    plans = [reader.plan(path), reader.plan_clips(path, [(20, 40), (0, 20)], [False, True]), reader.plan(path, [9, 3])]
+    want = torch.cat([reader.pixels(p) for p in plans]).bfloat16()
+    calls: list[Any] = []
+    decode = reader.decoder.decode
+    monkeypatch.setattr(reader.decoder, "decode", lambda path, frames: calls.append(frames) or decode(path, frames))
+    prepared = prepare_pixels(reader, plans, "cpu", torch.bfloat16)
+    assert prepared is not None and torch.equal(prepared.pixels, want) and len(calls) == 1
+    write_counter(path, 50)
+    with pytest.raises(InputError, match=r"c\.mp4: the file has changed"):
+        prepare_pixels(reader, plans, "cpu", torch.bfloat16)
 
 
 def test_the_towers_mode_is_restored(tiny: Any, lora: Any, reader: Any, make_plan: Any) -> None:

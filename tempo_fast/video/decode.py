@@ -77,7 +77,7 @@ def open_decoder(name: str, device: str | torch.device = "cpu", timeout_s: float
     Args:
         name: ``auto`` or one of ``BACKENDS``.
         device: where frames are wanted.
-        timeout_s: seconds that pyav may take for one file, looked at between frames; a call into the other libraries
+        timeout_s: seconds that pyav may take for one file, looked at between packets; a call into the other libraries
             cannot be ended.
 
     Raises:

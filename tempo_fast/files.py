@@ -45,11 +45,8 @@ def digest(obj: Any) -> str:
 
 def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 (hex) of a file's bytes. Raises InputError when it cannot be read."""
+    h = hashlib.sha256()  # hashlib.file_digest is not in Python 3.10
     try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[attr-defined]
-    except AttributeError:  # Python 3.10
-        h = hashlib.sha256()
         with open(path, "rb") as f:
             while block := f.read(1 << 20):
                 h.update(block)

@@ -14,7 +14,6 @@ from torch import Tensor
 from tempo_fast.config import GenerationConfig
 from tempo_fast.files import digest
 from tempo_fast.generation.base import Request, request_identity, sampling_provenance
-from tempo_fast.generation.prefetch import by_video, shared_reader
 from tempo_fast.models.family import Prompt
 from tempo_fast.models.load import Bundle
 from tempo_fast.runtime.progress import progress
@@ -73,9 +72,12 @@ class TransformersEngine:
         if not hasattr(self.reader, "decoder"):
             return
         b = self.bundle
-        for plans in by_video([plan for r in requests for plan in r.plans]):
+        groups: dict[str, dict[str, Any]] = {}
+        for plan in (plan for r in requests for plan in r.plans):
+            groups.setdefault(plan.path, {})[plan.key] = plan
+        for plans in (list(group.values()) for group in groups.values()):
             if len(plans) > 1:
-                self.features.features(b.family, b.model, shared_reader(self.reader, plans), plans, together=True)
+                self.features.features(b.family, b.model, self.reader, plans, together=True)
 
     def _batches(self, order: Sequence[int], prompts: Sequence[Prompt]) -> list[list[int]]:
         batches: list[list[int]] = []

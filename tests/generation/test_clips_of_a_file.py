@@ -12,7 +12,6 @@ from counter_clips import write_counter
 from tempo_fast.config import GenerationConfig, VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.generation import Request, make_engine
-from tempo_fast.generation.prefetch import by_video, shared_reader
 from tempo_fast.trees.vision import FeatureCache
 from tempo_fast.video.reader import VideoReader
 
@@ -56,8 +55,7 @@ def test_pixels_are_equal_and_decoded_once(reader, file, monkeypatch):
     calls = []
     decode = reader.decoder.decode
     monkeypatch.setattr(reader.decoder, "decode", lambda path, indices: calls.append(indices) or decode(path, indices))
-    shared = shared_reader(reader, plans)
-    assert all(torch.equal(shared.pixels(p), w) for p, w in zip(plans, want, strict=True))
+    assert all(map(torch.equal, reader.pixels_many(plans), want))
     assert len(calls) == 1 and len(set(calls[0])) == len(calls[0])
 
 
@@ -85,14 +83,15 @@ def test_a_file_that_cannot_be_decoded_is_named(tiny, reader, file, tmp_path):
         engine.generate([Request((p,), "Say it.") for p in plans])
 
 
-def test_a_file_that_changed_is_not_read_by_old_plans(reader, file, tmp_path):
+def test_a_file_that_changed_is_not_read_by_old_plans(tiny, reader, file, tmp_path):
     path = tmp_path / "c.mp4"
     path.write_bytes(open(file, "rb").read())
     plans = plans_of(reader, str(path))
     write_counter(path, 60, size=(56, 72))
+    engine, features = GenerationConfig(max_new_tokens=4), FeatureCache()
     with pytest.raises(InputError, match=r"c\.mp4: the file has changed since it was planned"):
-        pixels = shared_reader(reader, plans)
-        pixels.pixels(plans[0])
+        make_engine(engine, tiny, reader, features, 0).generate([Request((p,), "Say it.") for p in plans])
+    assert len(features) == 0
 
 
 def test_frames_that_are_only_shown_black_are_not_decoded(reader, file, monkeypatch):
@@ -101,15 +100,5 @@ def test_frames_that_are_only_shown_black_are_not_decoded(reader, file, monkeypa
     calls = []
     decode = reader.decoder.decode
     monkeypatch.setattr(reader.decoder, "decode", lambda path, indices: calls.append(indices) or decode(path, indices))
-    shared = shared_reader(reader, plans)
-    assert all(torch.equal(shared.pixels(p), w) for p, w in zip(plans, want, strict=True))
+    assert all(map(torch.equal, reader.pixels_many(plans), want))
     assert len(calls) == 1 and max(calls[0]) < 10
-
-
-def test_by_video(make_plan):
-    class P:
-        def __init__(self, path, key):
-            self.path, self.key = path, key
-
-    plans = [P("a", 1), P("b", 2), P("a", 1), P("a", 3)]
-    assert [[p.key for p in g] for g in by_video(plans)] == [[1, 3], [2]]

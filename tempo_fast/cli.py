@@ -11,12 +11,15 @@ import difflib
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tempo_fast import __version__
 from tempo_fast.errors import InputError, Interrupted
@@ -57,14 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         warnings.filterwarnings("ignore", category=FutureWarning)  # other libraries' news for their programmers
     try:
-        _dispatch(words)
+        with _terminable():
+            _dispatch(words)
         return 0
     except InputError as e:
         return _fail(str(e), 2, debug)
     except Interrupted as e:
-        return _fail(_how_to_resume(str(e), words), e.exit_code, debug)
-    except KeyboardInterrupt:
-        return _fail(_how_to_resume("interrupted", words), 130, debug)
+        return _fail(_how_to_resume(str(e), words, e.resumable), e.exit_code, debug)
+    except (KeyboardInterrupt, _Terminated) as e:
+        what, code = ("terminated", 75) if isinstance(e, _Terminated) else ("interrupted", 130)
+        resumable = bool(words) and words[0] in _CONFIG_VERBS
+        what += "; finished work is kept, resume with" if resumable else ""
+        return _fail(_how_to_resume(what, words, resumable), code, debug)
     except BrokenPipeError:
         # the reader of our output went away (`tempo-fast scan | head`); nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,11 +85,29 @@ def _fail(message: str, code: int, debug: bool) -> int:
     return code
 
 
-def _how_to_resume(what: str, words: Sequence[str]) -> str:
-    if "resume" not in what and (not words or words[0] not in _CONFIG_VERBS):
+def _how_to_resume(what: str, words: Sequence[str], resumable: bool) -> str:
+    if not resumable:
         return f"{what}; nothing half-written is left, start it again"
-    what = what if "resume" in what else f"{what}; finished work is kept, resume with"
-    return f"{what}: tempo-fast {shlex.join(words)}"
+    return f"{what}: tempo-fast {shlex.join(word for word in words if word != '--fresh')}"
+
+
+class _Terminated(BaseException):
+    """SIGTERM where nobody else waits for it. Not an Exception, which libraries catch while they import others."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(words: list[str]) -> None:
@@ -203,7 +228,7 @@ def _merge(words: list[str]) -> None:
 
 
 def _scan(words: list[str]) -> None:
-    parser = _Parser("tempo-fast scan", description=_PLAIN_VERBS["scan"])
+    parser = _Parser("tempo-fast scan", description=_PLAIN_VERBS["scan"], allow_abbrev=False)
     parser.add_argument("videos", help="folder, glob, text file with one path a line, or JSON lines that name videos")
     parser.add_argument("--out", "--json", type=Path, metavar="FILE.jsonl", help="keep one JSON object a video")
     parser.add_argument("--fresh", action="store_true", help="scan again what FILE.jsonl already holds")
@@ -219,8 +244,14 @@ def _scan(words: list[str]) -> None:
     parser.add_argument("--gop", type=int, default=48, metavar="N", help="keyframe interval of re-encoded copies (48)")
     parser.add_argument("--max-gop", type=int, default=250, metavar="N", help="re-encode beyond this interval (250)")
     args, overrides = parser.parse_known_args(words)
-    if args.workers < 0 or not 0 < args.timeout < float("inf") or args.gop < 1 or args.max_gop < args.gop:
-        raise InputError("tempo-fast scan: needs --workers >= 0, --timeout > 0 and 1 <= --gop <= --max-gop")
+    for option, value, fits, wanted in (
+        ("--workers", args.workers, args.workers >= 0, "at least 0"),
+        ("--timeout", args.timeout, 0 < args.timeout < float("inf"), "a number of seconds over 0"),
+        ("--gop", args.gop, args.gop >= 1, "at least 1"),
+        ("--max-gop", args.max_gop, args.max_gop >= args.gop, f"at least --gop ({args.gop})"),
+    ):
+        if not fits:
+            raise InputError(f"tempo-fast scan: {option} must be {wanted}, got {value:g}")
     from tempo_fast.scan.command import Options, scan_command
 
     options = Options(

@@ -6,8 +6,10 @@ class InputError(Exception):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and its state is resumable. ``exit_code`` is 130 (SIGINT) or 75 (SIGTERM)."""
+    """The run was asked to stop. ``exit_code`` is 130 (SIGINT) or 75 (SIGTERM). Where ``resumable``, what is done is
+    kept, and the message ends in a word on what resumes the run: the command line puts the command after it."""
 
-    def __init__(self, message: str, exit_code: int = 130) -> None:
+    def __init__(self, message: str, exit_code: int = 130, *, resumable: bool = True) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.resumable = resumable

@@ -1,11 +1,32 @@
 """Jobs for ``tempo_fast.scan.pool`` that misbehave for real; workers import this file by its name."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from tempo_fast.errors import InputError
+
+
+class Late:
+    """Does something as soon as a worker unpickles it."""
+
+    def __init__(self, action: str, argument: str) -> None:
+        self.words = action, argument
+
+    def __reduce__(self) -> Any:
+        return begin, self.words
+
+
+def begin(action: str, argument: str) -> None:
+    """What ``Late`` does."""
+    if action.startswith("note"):
+        Path(argument).write_text(str(os.getpid()))
+        time.sleep(0.0 if action == "note-exit" else 60.0)
+    if action == "kill":
+        os.kill(os.getpid(), signal.Signals(int(argument)))
+    os._exit(int(argument) if action == "exit" else 1)
 
 
 def act(job: str, shared: Any, report: Any) -> Any:
@@ -29,6 +50,8 @@ def act(job: str, shared: Any, report: Any) -> Any:
         raise ValueError(rest)
     if verb == "refuse":
         raise InputError(rest)
+    if verb == "note-exit":
+        begin(verb, rest)
     if verb == "note":
         Path(rest).write_text(str(os.getpid()))
         time.sleep(60)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tempo_fast.config import TrainConfig, VideoConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, drop_stale, write_atomic, write_json, writing
-from tempo_fast.scan.pool import Outcome, run_isolated, warm_up
+from tempo_fast.scan.pool import Outcome, how_ended, run_isolated, warm_up
 from tempo_fast.scan.rows import Row, RowFile
 from tempo_fast.scan.sources import find_videos
 from tempo_fast.scan.summary import Summary
@@ -80,7 +79,7 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
         except Interrupted as e:
             if options.out:
                 raise
-            raise Interrupted("stopped, and without --out no row is kept", e.exit_code) from e
+            raise Interrupted("stopped, and without --out no row is kept", e.exit_code, resumable=False) from e
         totals = Summary(config, family, max_tokens)
         for row in rows.ordered(paths):
             totals.add(row)
@@ -249,12 +248,7 @@ def _failed(job: Job, outcome: Outcome) -> str:
         return f"failed ({outcome.error})"
     if outcome.failure == "timeout":
         return f"took longer than {job.limit_s:g} s"
-    code = outcome.exitcode
-    try:
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
-        how = f"signal {-code}"
-    return f"crashed the process ({how})"
+    return f"crashed the process ({how_ended(outcome.exitcode)})"
 
 
 def _check_target(option: str, target: Path, others: Iterable[str | Path]) -> None:

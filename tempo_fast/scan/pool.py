@@ -25,6 +25,7 @@ JOBS_PER_PROCESS = 50
 """A worker is replaced after so many jobs: what libraries keep in memory goes with it."""
 _POLL_S = 0.1
 _KILL_S = 5.0
+_START_S = 300.0  # a worker's imports, over a slow network
 _NONE = object()
 
 
@@ -78,14 +79,13 @@ def run_isolated(
         workers: processes, at least 1.
         timeout: seconds a job may take, from its start in the worker.
         shared: picklable, given to every job.
-        check: called ten times a second and more; may raise to stop.
+        check: called ten times a second and more, and before the end of a worker is believed to be its job's fault;
+            may raise to stop.
 
     Raises:
         InputError: a worker cannot start.
     """
     context = _context()
-    if context.get_start_method() == "forkserver":
-        _start_server()
     queue = iter(jobs)
     crew: list[_Worker] = []
     try:
@@ -99,7 +99,7 @@ def run_isolated(
             soonest = min(w.deadline for w in crew) - time.monotonic()
             readable = set(wait([w.pipe for w in crew], max(0.0, min(_POLL_S, soonest))))
             for worker in list(crew):
-                outcome = _attend(worker, worker.pipe in readable, timeout)
+                outcome = _attend(worker, worker.pipe in readable, timeout, check)
                 if outcome is None:
                     continue
                 job = worker.job
@@ -135,11 +135,13 @@ def _start_server() -> None:
 
 
 def _start(context: Any, function: Callable[..., Any], shared: Any, job: Any) -> _Worker:
+    if context.get_start_method() == "forkserver":
+        _start_server()  # again, should it have died
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, function, shared), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, ours, job)
+    return _Worker(process, ours, job, deadline=time.monotonic() + _START_S)
 
 
 def _send_job(worker: _Worker, timeout: Callable[[Any], float]) -> None:
@@ -151,17 +153,26 @@ def _send_job(worker: _Worker, timeout: Callable[[Any], float]) -> None:
         pass
 
 
-def _attend(worker: _Worker, readable: bool, timeout: Callable[[Any], float]) -> Outcome | None:
+def _attend(
+    worker: _Worker, readable: bool, timeout: Callable[[Any], float], check: Callable[[], None]
+) -> Outcome | None:
     """What became of the worker's job, or None while it runs."""
     if not readable:
-        return Outcome(worker.value, "timeout") if time.monotonic() > worker.deadline else None
+        if time.monotonic() <= worker.deadline:
+            return None
+        if not worker.ready:
+            raise InputError(f"a worker process did not start within {_START_S:g} s")
+        return Outcome(worker.value, "timeout")
     try:
         kind, value = worker.pipe.recv()
     except (EOFError, OSError):
         worker.process.join(_KILL_S)
+        time.sleep(_POLL_S)  # a signal to a group of processes may reach this one last
+        check()
         code = worker.process.exitcode or 0
         if not worker.ready:
-            raise InputError(f"a worker process cannot start (exit code {code}); fewer may fit into memory") from None
+            few = "; fewer may fit into memory" if code == -signal.SIGKILL else ""
+            raise InputError(f"a worker process cannot start ({how_ended(code)}){few}") from None
         return Outcome(worker.value, "crash", code)
     if kind == "ready":
         worker.ready = True
@@ -175,6 +186,14 @@ def _attend(worker: _Worker, readable: bool, timeout: Callable[[Any], float]) ->
         error.__cause__ = RuntimeError(text)
         return Outcome(worker.value, "error", error=error)
     return None
+
+
+def how_ended(exitcode: int) -> str:
+    """A process's exit code (negative: the signal) in words: SIGKILL, exit code 3."""
+    try:
+        return signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
+    except ValueError:
+        return f"signal {-exitcode}"
 
 
 def _end(worker: _Worker) -> None:

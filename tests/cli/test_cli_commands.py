@@ -47,8 +47,8 @@ def test_steps_are_called_with_the_config(pipeline, tmp_path, capsys):
     ("error", "code", "said"),
     [
         (InputError("data.videos: nothing there"), 2, "tempo-fast: data.videos: nothing there\n"),
-        (Interrupted("stopped in stage2_r8 after step 3", 130), 130, "resume with: tempo-fast run temple --seed 3\n"),
         (Interrupted("ended; the same command resumes", 75), 75, "command resumes: tempo-fast run temple --seed 3\n"),
+        (Interrupted("ended", 75, resumable=False), 75, "ended; nothing half-written is left, start it again\n"),
         (KeyboardInterrupt(), 130, "tempo-fast run temple --seed 3\n"),
     ],
 )  # fmt: skip

@@ -6,13 +6,14 @@ import collections
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import scan_jobs
+from processes import alive, until
 
 from tempo_fast.errors import InputError
+from tempo_fast.scan import pool
 from tempo_fast.scan.pool import JOBS_PER_PROCESS, Outcome, run_isolated, warm_up
 
 
@@ -20,23 +21,6 @@ from tempo_fast.scan.pool import JOBS_PER_PROCESS, Outcome, run_isolated, warm_u
 def warm() -> None:
     """A process forks all workers of a test run: what the first asks it to import is what it has for the others."""
     warm_up(["tempo_fast.scan.row"])
-
-
-def alive(pid: int) -> bool:
-    """Running, and not merely unburied."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def until(happened, seconds: float = 30.0) -> bool:
-    end = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -136,3 +120,44 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
         parent.kill()
         parent.wait()
     assert until(lambda: not alive(worker), 10)
+
+
+def start_with(action: str, argument: object, check=lambda: None) -> None:
+    """Workers that do this before they are ready for jobs."""
+    shared = scan_jobs.Late(action, str(argument))
+    list(run_isolated(scan_jobs.act, ["ok 1"], workers=2, timeout=lambda job: 60.0, shared=shared, check=check))
+
+
+def test_workers_that_cannot_start_say_why():
+    with pytest.raises(InputError) as stopped:
+        start_with("exit", 3)
+    assert str(stopped.value) == "a worker process cannot start (exit code 3)"
+    with pytest.raises(InputError) as stopped:
+        start_with("kill", 9)
+    assert str(stopped.value) == "a worker process cannot start (SIGKILL); fewer may fit into memory"
+
+
+def test_workers_that_never_are_ready_are_given_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(pool, "_START_S", 0.7)
+    note = tmp_path / "pid"
+    with pytest.raises(InputError, match="a worker process did not start within 0.7 s"):
+        start_with("note", note)
+    assert not alive(int(note.read_text()))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_stop_comes_before_what_a_dead_worker_seems_to_say(early, tmp_path):
+    """A signal to the whole group ends workers too."""
+    note = tmp_path / "pid"
+
+    def check():
+        if written(note):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        if early:
+            start_with("note-exit", note, check)
+        else:
+            jobs = [f"note-exit {note}"]
+            for _, outcome in run_isolated(scan_jobs.act, jobs, workers=1, timeout=lambda job: 60.0, check=check):
+                assert not outcome.failure

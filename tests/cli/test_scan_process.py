@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from counter_clips import write_counter
+from processes import alive, stat_of, until
 
 FILES = 40
 
@@ -87,32 +89,11 @@ def children(pid: int) -> list[int]:
     return out
 
 
-def stat_of(pid: int) -> list[str]:
-    """Fields of proc(5)'s stat, from the state on."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return stat_of(pid)[0] != "Z"
-    except OSError:
-        return False
-
-
-def until(happened: Any, seconds: float = 60.0) -> bool:
-    stop = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > stop:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_scan_goes_on_where_it_was(number, folder, tmp_path):
     out = tmp_path / "rows.jsonl"
     words = [folder, "--out", out, "--workers", 2, "--decode", "all"]
-    process = start(*words)
+    process = start(*words, "--fresh")
     assert until(lambda: len(lines_of(out)) >= 4)
     family = children(process.pid)
     assert len(family) >= 3, "two workers and what starts them"
@@ -121,7 +102,9 @@ def test_a_stopped_scan_goes_on_where_it_was(number, folder, tmp_path):
     code, printed, err = end(process)
     assert code == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 75}[number]
     if number != signal.SIGKILL:
-        assert err.count("\n") == 2 and "the same command resumes: tempo-fast scan" in err and "Traceback" not in err
+        assert err.count("\n") == 2 and "Traceback" not in err
+        resume = f"the same command resumes: tempo-fast scan {shlex.join(map(str, words))}\n"
+        assert err.endswith(resume), "with --fresh it would begin again"
     assert until(lambda: not any(alive(p) for p in family), 10), "no process is left"
     before = lines_of(out)
     assert 4 <= len(before) < FILES and not (tmp_path / "rows.summary.json").exists()
@@ -178,6 +161,33 @@ def test_stopped_repairs_go_on_where_they_were(number, folder, tmp_path):
     # all have the same bytes, and their own names
     assert len(list(copies.glob("*.mp4"))) == FILES and not list(copies.glob(".*"))
     assert (copies / "videos.txt").read_text().splitlines() == [rows[f"v{i:02d}.mp4"]["fixed"] for i in range(FILES)]
+
+
+def test_files_in_work_when_the_group_is_terminated_are_repaired_later(folder, tmp_path):
+    """As a scheduler does it: workers, and the process that they come from, end by the same signal."""
+    out, copies = tmp_path / "rows.jsonl", tmp_path / "copies"
+    words = [folder, "--out", out, "--workers", 2, "--fix", copies, "--gop", 10, "--max-gop", 20, "--no-decode"]
+    process = start(*words)
+    assert until(lambda: sum('"fix": "reencode"' in line for line in lines_of(out)) >= 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, printed, err = end(process)
+    assert code == 75 and "Traceback" not in err, err
+    assert {row["fix"] for row in rows_of(out).values() if "fix" in row} == {"reencode"}
+    code, printed, err = end(start(*words))
+    assert code == 0 and {row["fix"] for row in rows_of(out).values()} == {"reencode"}, err
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.5, 1.5, 3.0, 4.0])
+def test_termination_at_the_start_is_75(wait, folder, tmp_path):
+    """While this process and its workers import, and when they have just begun."""
+    out = tmp_path / "rows.jsonl"
+    process = start(folder, "--out", out, "--workers", 2, "--decode", "all")
+    assert until(lambda: children(process.pid) != [])
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, printed, err = end(process)
+    assert code == 75 and printed == "" and "Traceback" not in err and "cannot start" not in err, err
+    assert all(row["ok"] for row in rows_of(out).values())
 
 
 def test_without_a_file_nothing_is_kept(folder):

@@ -16,7 +16,7 @@ from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, drop_stale, write_atomic, write_json, writing
 from tempo_fast.scan.pool import Outcome, how_ended, run_isolated, warm_up
 from tempo_fast.scan.rows import Row, RowFile
-from tempo_fast.scan.sources import find_videos
+from tempo_fast.scan.sources import find_videos, reaches
 from tempo_fast.scan.summary import Summary
 
 if TYPE_CHECKING:
@@ -258,12 +258,13 @@ def _check_target(option: str, target: Path, others: Iterable[str | Path]) -> No
         raise InputError(f"{option}: {target} is one of the other files of this scan and would be overwritten")
 
 
-def _check_folder(folder: Path, videos: str, paths: Iterable[str]) -> None:
+def _check_folder(folder: Path, videos: str, paths: Sequence[str]) -> None:
     """Raises InputError where copies would lie among the originals, or cannot be written."""
+    from tempo_fast.video.repair import possible_names
+
     inside = folder.resolve()
-    sources = [Path(videos)] if os.path.isdir(videos) else []
-    if any(inside.is_relative_to(s.resolve()) for s in sources):
-        raise InputError(f"--fix: {folder} lies inside {videos}, whose next scan would take the copies for originals")
+    if reaches(videos, folder, {copy for path in paths for copy in possible_names(path)}):
+        raise InputError(f"--fix: {folder} is reached by {videos}, whose next scan would take the copies for originals")
     if any(Path(p).resolve().is_relative_to(inside) for p in paths):
         raise InputError(f"--fix: {folder} holds some of the videos to scan; copies need a folder of their own")
     try:

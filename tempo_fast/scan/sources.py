@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,27 @@ def find_videos(spec: str) -> list[Path]:
     except OSError as e:
         raise InputError(f"{spec}: cannot be read ({e.strerror})") from e
     return list_videos(spec)
+
+
+def reaches(spec: str, folder: Path, names: Iterable[str]) -> bool:
+    """Whether ``find_videos`` would also find one of these in the folder, where there may be none yet."""
+    if os.path.isdir(spec):
+        return folder.resolve().is_relative_to(Path(spec).resolve())
+    if os.path.exists(spec):
+        return False
+    pattern, at = os.path.abspath(spec).split(os.sep), os.path.abspath(folder).split(os.sep)
+    return any(_matches(pattern, [*at, name]) for name in names)
+
+
+def _matches(pattern: Sequence[str], names: Sequence[str]) -> bool:
+    """As ``glob`` does: ** stands for any number of folders, and no wildcard for a name that starts with a dot."""
+    if not pattern or not names:
+        return all(p == "**" for p in pattern) and not names
+    hidden = names[0].startswith(".") and not pattern[0].startswith(".")
+    if pattern[0] == "**":
+        return _matches(pattern[1:], names) or (not hidden and _matches(pattern, names[1:]))
+    file_too_early = len(names) == 1 and len(pattern) > 1
+    return not (hidden or file_too_early) and fnmatchcase(names[0], pattern[0]) and _matches(pattern[1:], names[1:])
 
 
 def _of_data_set(path: Path) -> list[Path]:

@@ -16,13 +16,15 @@ from tempo_fast.scan.rows import Row
 MOST_ROWS = 40
 """A table of more videos shows only those that want attention."""
 _NAMED = 5
+_MADE = {"remux": "remuxed", "reencode": "re-encoded"}
 
 
 @dataclass
 class Summary:
     """Totals over rows, added one at a time; a few numbers per row are kept.
 
-    ``family`` names whose tokens are counted, ``max_tokens`` what a packed row may hold.
+    ``family`` names whose tokens are counted, ``max_tokens`` what a packed row may hold; ``unfixed`` are files that
+    wanted a copy and got none.
     """
 
     config: VideoConfig
@@ -39,6 +41,7 @@ class Summary:
     reasons: dict[str, list[str]] = field(default_factory=dict)
     bad: Counter[str] = field(default_factory=Counter)
     fixes: Counter[str] = field(default_factory=Counter)
+    unfixed: int = 0
     shown: list[Row] = field(default_factory=list)
     notable: list[Row] = field(default_factory=list)
 
@@ -48,6 +51,7 @@ class Summary:
         self.size_bytes += row.get("size_bytes", 0)
         if "fix" in row:
             self.fixes[row["fix"]] += 1
+            self.unfixed += bool(row["fix_reason"]) and not row["fixed"]
         if len(self.shown) <= MOST_ROWS:
             self.shown.append(row)
         if (not row["ok"] or row.get("fixed")) and len(self.notable) < MOST_ROWS:
@@ -86,6 +90,7 @@ class Summary:
                 {"reason": kind, "videos": n, "first": self.reasons[kind]} for kind, n in self.bad.most_common()
             ],
             "fix": dict(self.fixes.most_common()),
+            "unfixed": self.unfixed,
         }  # fmt: skip
 
     def text(self) -> str:
@@ -105,7 +110,9 @@ class Summary:
                 + (f", about {decode['seconds']:.1f} s here" if self.decode_s else ""),
             ]
         if self.fixes:
-            lines.append("repairs: " + ", ".join(f"{n} {kind}" for kind, n in self.fixes.most_common()))
+            told = [f"{self.fixes[kind]} {made}" for kind, made in _MADE.items() if self.fixes[kind]]
+            line = f"repairs: {', '.join(told) or 'none'}"
+            lines.append(line + (f"; {self.unfixed} wanted a copy and got none" if self.unfixed else ""))
         for kind, n in self.bad.most_common():
             lines.append(f"{n} × {kind}")
             lines += [f"  {name}" for name in self.reasons[kind]]

@@ -24,6 +24,7 @@ from tempo_fast.video.display import DisplayTransform, display_transform
 from tempo_fast.video.frames import intact_frames, not_of_the_file
 from tempo_fast.video.probe import VideoInfo, content_digest, probe
 
+_KEY = 12
 MIN_KEPT_S = 1.0
 """A damaged file is worth a copy when this many seconds of it decode."""
 RULES = 2
@@ -134,20 +135,29 @@ def _repair(path: str, folder: Path, scratch: Path, why: str, config: RepairConf
             return Repair("none", f"{why}; only {kept:.2f} s are left, less than {MIN_KEPT_S:g} s")
         why += f"; the {kept:.2f} s before it are kept" if shown.cut else ""
         remux = shown.cut  # otherwise it would be the same file again
-    key = digest([content_digest(path), config, RULES])[:12]
-    original = Path(path)
-    suffix = original.suffix.lower()
+    remuxed, encoded = _targets(path, folder, digest([content_digest(path), config, RULES])[:_KEY])
     if remux:
-        target = folder / f"{original.stem}-{key}{suffix if suffix in _KEPT_SUFFIXES else '.mp4'}"
-        made = _place(target, scratch, lambda out, form: _remux(path, out, form, shown))
+        made = _place(remuxed, scratch, lambda out, form: _remux(path, out, form, shown))
         if made:
             return Repair("remux", why, made)
-    # the same rounding of timestamps as before
-    target = folder / f"{original.stem}-{key}{'.mkv' if suffix in ('.mkv', '.webm') else '.mp4'}"
-    made = _place(target, scratch, lambda out, form: _encode(path, out, form, shown, config))
+    made = _place(encoded, scratch, lambda out, form: _encode(path, out, form, shown, config))
     if made:
         return Repair("reencode", why, made)
     return Repair("none", f"{why}; no copy shows the same frames")
+
+
+def possible_names(path: str | os.PathLike[str]) -> set[str]:
+    """Names that a copy of this file may get, with a made-up digest."""
+    return {target.name for target in _targets(os.fspath(path), Path(), "0" * _KEY)}
+
+
+def _targets(path: str, folder: Path, key: str) -> tuple[Path, Path]:
+    """Where a remux and a re-encoded copy go."""
+    original = Path(path)
+    suffix = original.suffix.lower()
+    remuxed = suffix if suffix in _KEPT_SUFFIXES else ".mp4"
+    encoded = ".mkv" if suffix in (".mkv", ".webm") else ".mp4"  # the same rounding of timestamps as before
+    return folder / f"{original.stem}-{key}{remuxed}", folder / f"{original.stem}-{key}{encoded}"
 
 
 def _place(target: Path, scratch: Path, write: Callable[[Path, str], bool]) -> str:
@@ -219,7 +229,7 @@ def _remux(path: str, out: Path, form: str, shown: _Shown) -> bool:
         with open_video(path, whole=not shown.cut) as (container, stream):
             _copy_packets(container.demux(stream), stream, out, form, shown.last)
         return _verified(out, shown, shown.display) and _same_pictures(path, out, shown)
-    except DecodeError as e:  # a codec that the container does not take, timestamps that it refuses
+    except (DecodeError, ValueError) as e:  # a codec that the container does not take, timestamps that it refuses
         if not_of_the_file(e):
             raise
         return False
@@ -277,7 +287,9 @@ def _encode(path: str, out: Path, form: str, shown: _Shown, config: RepairConfig
         _write(target, encoder, None, durations, out)
         with writing(out.parent):
             target.close()
-    except (av.error.FFmpegError, ValueError):  # a size that x264 refuses; fewer frames than were counted before
+    except (av.error.FFmpegError, ValueError) as e:  # a size that x264 refuses; fewer frames than were counted before
+        if not_of_the_file(e):
+            raise
         return False
     finally:
         if target is not None:

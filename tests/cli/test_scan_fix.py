@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import random
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ from counter_clips import hide_first, hide_last, read_counter, write_counter
 from tempo_fast import cli
 from tempo_fast.curate import list_videos
 from tempo_fast.files import file_digest, read_json
+from tempo_fast.scan.sources import reaches
 from tempo_fast.video.decode_pyav import PyAVDecoder
 from tempo_fast.video.probe import probe
+from tempo_fast.video.repair import RepairConfig, possible_names, repair
 
 
 def shown(path: Path | str) -> list[int]:
@@ -76,9 +81,10 @@ def test_every_file_gets_what_it_needs(folder, tmp_path, capsys):
         ["videos.txt", *(Path(row["fixed"]).name for row in rows.values() if row["fixed"])]
     )
     said = read_json(tmp_path / "rows.summary.json")
-    assert said["fix"] == {"none": 4, "remux": 2, "reencode": 2}
+    assert (said["fix"], said["unfixed"]) == ({"none": 4, "remux": 2, "reencode": 2}, 2)
     printed = capsys.readouterr().out
-    assert "repairs: 4 none, 2 remux, 2 reencode" in printed and "edit list, fixed by reencode" in printed
+    assert "repairs: 2 remuxed, 2 re-encoded; 2 wanted a copy and got none\n" in printed
+    assert "edit list, fixed by reencode" in printed
     assert "ends at" in next(line for line in printed.splitlines() if line.startswith("cut.mp4") and "by remux" in line)
 
     # everything on the list is good as it is
@@ -138,6 +144,34 @@ def test_names_with_a_colon(tmp_path, monkeypatch):
     assert [shown(row["fixed"]) for row in rows] == [list(range(5, 40)), list(range(45))]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "fixed", "fits"),
+    [
+        ("{tmp}/g/**/*.mp4", "{tmp}/g/fixed", False), ("{tmp}/g/**/*.mp4", "{tmp}/g/a/b/fixed", False),
+        ("{tmp}/g/*/*.m*", "{tmp}/g/fixed", False), ("{tmp}/g/**", "{tmp}/g/fixed", False),
+        ("g/**/*.mp4", "{tmp}/g/fixed", False), ("g/*/../**/v*.mp4", "g/fixed", False),
+        ("{tmp}/g/*/v.mp4", "{tmp}/g/fixed", True), ("{tmp}/g/*/*.mp4", "{tmp}/g/a/fixed", True),
+        ("{tmp}/g/**/*.mp4", "{tmp}/fixed", True), ("{tmp}/g/**/*.mp4", "{tmp}/g/.fixed", True),
+        ("{tmp}/g/*.mp4", "{tmp}/g/fixed", True),
+    ],
+)  # fmt: skip
+def test_the_next_scan_finds_the_same_files(pattern, fixed, fits, tmp_path, monkeypatch, capsys):
+    (tmp_path / "g" / "a").mkdir(parents=True)
+    hide_first(write_counter(tmp_path / "g" / "v.mp4", 40), 5)
+    hide_first(write_counter(tmp_path / "g" / "a" / "v.mp4", 41), 5)
+    monkeypatch.chdir(tmp_path)
+    words = ["scan", pattern.format(tmp=tmp_path), "--fix", fixed.format(tmp=tmp_path), "--workers", "1"]
+    before = sorted(tmp_path.rglob("*"))
+    code = cli.main(words)
+    assert code == (0 if fits else 2)
+    printed, err = capsys.readouterr()
+    if fits:
+        assert cli.main(words) == 0 and capsys.readouterr().out.splitlines()[0] == printed.splitlines()[0]
+        assert len(list(Path(fixed.format(tmp=tmp_path)).glob("*.mp4"))) == printed.count("fixed by")
+    else:
+        assert "whose next scan would take the copies for originals" in err and sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_data_set_from_elsewhere(folder, tmp_path):
     """The folder of copies may lie beside the data set, as long as no video of it is inside."""
     data = folder / "sft.jsonl"
@@ -170,6 +204,42 @@ def test_a_full_disk_is_one_sentence_and_the_scan_goes_on_with_room(tmp_path, ca
         assert not [p for p in (disk / "fixed").rglob("*") if p.is_file()]
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert cli.main(words) == 0
-        assert "2 reencode" in capsys.readouterr().out and len(list((disk / "fixed").glob("*.mp4"))) == 2
+        assert "repairs: 2 re-encoded\n" in capsys.readouterr().out and len(list((disk / "fixed").glob("*.mp4"))) == 2
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.b.MOV", "c.webm", "d.MKV", "e.avi", "f", ".hidden.mp4", "ünï.ts"])
+def test_copies_have_one_of_their_possible_names(name, tmp_path):
+    """Which tells whether a pattern will find them."""
+    if name.lower().endswith(("mkv", "webm")):
+        source = write_counter(tmp_path / "w.mkv", 60)
+    else:
+        source = hide_last(write_counter(tmp_path / "w.mp4", 60), 0.5)
+    names = set()
+    for gop in (12, 5):  # copied as it is, where there is an edit list; encoded anew
+        source.rename(tmp_path / name) if source.exists() else None
+        made = repair(tmp_path / name, tmp_path, "wants a copy", RepairConfig(gop=gop - 1, max_gop=gop))
+        names.add(re.sub(r"-[0-9a-f]{12}", "-000000000000", Path(made.path).name))
+    possible = possible_names(tmp_path / name)
+    assert names == possible if source.suffix == ".mp4" else names <= possible
+
+
+def test_patterns_reach_what_glob_finds(tmp_path):
+    """Against files that are there."""
+    rng = random.Random(5)
+    folders = [tmp_path / "/".join(rng.choices(["a", "b", ".c"], k=rng.randint(0, 3))) for _ in range(12)]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "v-1.mp4").write_text("")
+    parts = ["a", "*", "**", "?", "[ab]", ".c", ".*"]
+    seen = set()
+    for _ in range(300):
+        last = rng.choice(["*.mp4", "**", "v*", "*.mkv"])
+        spec = os.path.join(tmp_path, *rng.choices(parts, k=rng.randint(0, 3)), last)
+        found = {os.path.dirname(p) for p in glob.glob(spec, recursive=True) if os.path.isfile(p)}
+        for folder in folders:
+            told = reaches(spec, folder, ["v-1.mp4"])
+            assert told == (str(folder) in found), (spec, folder)
+            seen.add(told)
+    assert seen == {True, False}

@@ -14,6 +14,7 @@ import pytest
 from counter_clips import hide_first, write_counter
 
 from tempo_fast import cli
+from tempo_fast.errors import InputError
 from tempo_fast.scan import command
 from tempo_fast.scan.pool import Outcome
 
@@ -122,3 +123,19 @@ def test_new_rules_of_repair_apply_to_a_resumed_scan(folder, tmp_path, pool, mon
     monkeypatch.setattr(repair, "RULES", repair.RULES + 1)
     scan(folder, "--fix", tmp_path / "fixed")
     assert pool.repaired == ["b.mp4", "c.mp4"] * 2 and len(pool.scanned) == 3
+
+
+def test_a_full_disk_under_the_rows_is_not_one_under_the_copies(folder, tmp_path, pool, monkeypatch, capsys):
+    from tempo_fast.scan.rows import RowFile
+
+    real = RowFile.append
+
+    def append(self: RowFile, row: dict[str, Any]) -> None:
+        if row.get("fix") == "reencode":
+            raise InputError(f"{self.path}: cannot be written ({os.strerror(errno.ENOSPC)})")
+        real(self, row)
+
+    monkeypatch.setattr(RowFile, "append", append)
+    assert cli.main(["scan", str(folder), "--out", f"{tmp_path}/rows.jsonl", "--fix", f"{tmp_path}/fixed"]) == 2
+    err = capsys.readouterr().err
+    assert err == f"tempo-fast: {tmp_path}/rows.jsonl: cannot be written (No space left on device)\n"

@@ -228,6 +228,16 @@ def test_what_is_no_video_gets_no_copy(data, tmp_path):
     assert copy.kind == "none" and copy.reason.startswith("is damaged; ") and not list(folder.iterdir())
 
 
+def test_a_name_that_belongs_to_another_container(tmp_path, counter):
+    """H.264 in MP4 called WebM cannot be copied into one, nor its times be kept in Matroska's milliseconds."""
+    path = hide_last(counter.write(tmp_path / "w.mp4", 60), 0.5).rename(tmp_path / "w.webm")
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    copy = repair(path, folder, why(path), CONFIG)
+    assert copy == Repair("none", "its edit list hides frames; no copy shows the same frames")
+    assert not list(folder.iterdir())
+
+
 def test_the_same_file_and_settings_give_the_same_name(tmp_path, counter):
     path = counter.write(tmp_path / "l.mp4", 40, gop=400)
     folder = tmp_path / "fixed"

@@ -55,7 +55,7 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
 
     Raises:
         InputError: what was asked for cannot be done at all. Bad files are findings, not errors.
-        Interrupted: SIGINT or SIGTERM came.
+        Interrupted: SIGINT or SIGTERM came; without ``out`` it cannot be resumed.
     """
     warm_up(["tempo_fast.scan.row"])
     from tempo_fast.runtime.signals import Stopper
@@ -93,7 +93,7 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
         write_json(summary_path(options.out), totals.as_dict())
         print(f"{options.out}: {totals.videos} rows" + (f", {scan.kept} of them from before" if scan.kept else ""))
     if options.fix is not None:
-        print(f"{options.fix / 'videos.txt'}: what to train on")
+        print(f"{_list_path(options.fix)}: what to train on")
 
 
 def summary_path(out: Path) -> Path:

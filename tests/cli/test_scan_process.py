@@ -165,19 +165,21 @@ def test_stopped_repairs_go_on_where_they_were(number, folder, tmp_path):
 
 def test_files_in_work_when_the_group_is_terminated_are_repaired_later(folder, tmp_path):
     """As a scheduler does it: workers, and the process that they come from, end by the same signal."""
-    out, copies = tmp_path / "rows.jsonl", tmp_path / "copies"
-    words = [folder, "--out", out, "--workers", 2, "--fix", copies, "--gop", 10, "--max-gop", 20, "--no-decode"]
+    out = tmp_path / "rows.jsonl"
+    words = [f"{folder}/v0*.mp4", "--out", out, "--workers", 2, "--fix", tmp_path / "copies", "--no-decode"]
+    words += ["--gop", 10, "--max-gop", 20]
     process = start(*words)
-    assert until(lambda: sum('"fix": "reencode"' in line for line in lines_of(out)) >= 3)
+    assert until(lambda: sum('"fix": "reencode"' in line for line in lines_of(out)) >= 2)
     os.killpg(process.pid, signal.SIGTERM)
     code, printed, err = end(process)
     assert code == 75 and "Traceback" not in err, err
-    assert {row["fix"] for row in rows_of(out).values() if "fix" in row} == {"reencode"}
+    fixes = [row["fix"] for row in rows_of(out).values() if "fix" in row]
+    assert 2 <= len(fixes) < 10 and set(fixes) == {"reencode"}
     code, printed, err = end(start(*words))
-    assert code == 0 and {row["fix"] for row in rows_of(out).values()} == {"reencode"}, err
+    assert code == 0 and [row["fix"] for row in rows_of(out).values()] == ["reencode"] * 10, err
 
 
-@pytest.mark.parametrize("wait", [0.0, 0.5, 1.5, 3.0, 4.0])
+@pytest.mark.parametrize("wait", [0.0, 0.7, 2.0, 4.0])
 def test_termination_at_the_start_is_75(wait, folder, tmp_path):
     """While this process and its workers import, and when they have just begun."""
     out = tmp_path / "rows.jsonl"

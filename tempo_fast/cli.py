@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from tempo_fast import __version__
 from tempo_fast.errors import InputError, Interrupted
+from tempo_fast.imports import held_signals
 from tempo_fast.runs import STEPS
 
 _CONFIG_VERBS = {
@@ -166,7 +167,8 @@ def _config_verb(verb: str, words: list[str]) -> None:
     if recipe is None:
         raise InputError(f"tempo-fast {verb} needs a recipe: a YAML file, or one of {', '.join(shipped_recipes())}")
     config = load_config(recipe, overrides)
-    from tempo_fast import pipeline
+    with held_signals():
+        from tempo_fast import pipeline
 
     result = pipeline.run(config, until=until) if verb == "run" else pipeline.run_steps(config, [verb])
     if int(os.environ.get("RANK", "0")) == 0:

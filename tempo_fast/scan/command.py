@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tempo_fast.config import TrainConfig, VideoConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, drop_stale, write_atomic, write_json, writing
+from tempo_fast.imports import held_signals
 from tempo_fast.scan.pool import Outcome, how_ended, run_isolated, warm_up
 from tempo_fast.scan.rows import Row, RowFile
 from tempo_fast.scan.sources import find_videos, reaches
@@ -58,12 +59,13 @@ def scan_command(videos: str, options: Options, *, recipe: str = "", overrides: 
         Interrupted: SIGINT or SIGTERM came; without ``out`` it cannot be resumed.
     """
     warm_up(["tempo_fast.scan.row"])
-    from tempo_fast.runtime.signals import Stopper
-    from tempo_fast.video.decode import open_decoder
-    from tempo_fast.video.repair import RepairConfig
+    with held_signals():
+        from tempo_fast.runtime.signals import Stopper
+        from tempo_fast.video.decode import open_decoder
+        from tempo_fast.video.repair import RepairConfig
 
-    config, geometry, family, max_tokens = _settings(recipe, overrides)
-    open_decoder(config.backend)  # a missing package is an error of the scan, not of each file
+        config, geometry, family, max_tokens = _settings(recipe, overrides)
+        open_decoder(config.backend)  # a missing package is an error of the scan, not of each file
     paths = [os.fspath(p) for p in find_videos(videos)]
     repairs = RepairConfig(gop=options.gop, max_gop=options.max_gop)
     if options.out is not None:

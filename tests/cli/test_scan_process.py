@@ -54,6 +54,8 @@ def start(*words: object) -> subprocess.Popen[str]:
         [sys.executable, "-m", "tempo_fast", "scan", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         cwd=Path(__file__).parents[2],
+        # what runs in the background of a shell is born deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

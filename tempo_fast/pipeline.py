@@ -270,7 +270,7 @@ def preflight(run: Run, steps: list[str]) -> None:
     if "eval" in steps:
         _eval_data(run)
     if "pairs" in steps and run.data.prompts:
-        from tempo_fast.pairs.build import PromptPool
+        from tempo_fast.pairs.prompts import PromptPool
 
         PromptPool(run.data.prompts)
 

@@ -115,6 +115,22 @@ class Question:
 
 
 @dataclass
+class QARecord:
+    """A question about a video with its reference answer: what RRPO, LeanPO and M-DPO pairs are made from.
+
+    ``options`` of a multiple choice, of which ``answer`` is one (its letter, its text, or both); ``type`` is free
+    (``mcq``, ``yes_no``, ``short``, ``open``), and empty leaves it to the rules of tempo_fast.pairs.answers.
+    """
+
+    id: str
+    video: str
+    question: str
+    answer: str
+    options: list[str] = field(default_factory=list)
+    type: str = ""
+
+
+@dataclass
 class Truth:
     """What is known to happen in a video: the sentences of its events in order.
 

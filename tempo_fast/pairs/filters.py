@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
@@ -50,36 +50,44 @@ def similarity(a: str, b: str) -> float:
 
 @dataclass
 class Tally:
-    """Counts and means of one (r, kind)."""
+    """Counts and sums of one (r, kind); those of several buckets add up."""
 
     made: int = 0
     filtered: Counter[str] = field(default_factory=Counter)
-    length_ratio: list[float] = field(default_factory=list)
-    similarity: list[float] = field(default_factory=list)
-    broken: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, chosen: str, rejected: Rejected) -> None:
+        """A pair that was made."""
         self.made += 1
-        self.length_ratio.append(len(rejected.text) / len(chosen))
-        self.similarity.append(similarity(chosen, rejected.text))
-        self.broken.append(rejected.broken)
-        self.kept.append(rejected.kept)
+        self.measure(
+            {
+                "length_ratio": len(rejected.text) / len(chosen),
+                "similarity": similarity(chosen, rejected.text),
+                "broken": rejected.broken,
+                "kept": rejected.kept,
+            }
+        )
+
+    def measure(self, values: Mapping[str, float]) -> None:
+        """Add to the mean of each name."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def merge(self, other: Tally) -> None:
+        """Add another tally to this one."""
+        self.made += other.made
+        self.filtered.update(other.filtered)
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
 
     def row(self) -> dict[str, Any]:
         """JSON: counts, and means over the pairs made (null when there are none)."""
-
-        def mean(values: Sequence[float]) -> float | None:
-            return round(sum(values) / len(values), 4) if values else None
-
-        return {
-            "made": self.made,
-            "filtered": {r: self.filtered[r] for r in REASONS if self.filtered[r]},
-            "length_ratio": mean(self.length_ratio),
-            "similarity": mean(self.similarity),
-            "broken": mean(self.broken),
-            "kept": mean(self.kept),
-        }
+        names = dict.fromkeys(["length_ratio", "similarity", "broken", "kept", *self.sums])
+        means = {n: round(self.sums[n] / self.counts[n], 4) if self.counts.get(n) else None for n in names}
+        return {"made": self.made, "filtered": {r: self.filtered[r] for r in sorted(+self.filtered)}, **means}
 
 
 def coinciding(n_clips: Sequence[int], rs: Sequence[int]) -> list[dict[str, Any]]:

@@ -137,6 +137,19 @@ class VideoReader:
         plan = self._make(info, indices, self._even_times(len(indices)), self.config.fps)
         return replace(plan, blank=black_ones) if any(black_ones) else plan
 
+    def plan_frames(
+        self, path: str | os.PathLike[str], order: Sequence[int], blank: Sequence[bool] = ()
+    ) -> FramePlan:
+        """Plan the sampled frames of a whole file in another order: ``order`` holds places among them, ``blank`` says
+        which of the shown ones are black. Timestamps stay those of the places, so that they do not give it away."""
+        plan = self.plan(path)
+        if len(order) > len(plan.indices) or not all(0 <= k < len(plan.indices) for k in order):
+            raise InputError(f"{plan.path}: an order of {len(order)} for {len(plan.indices)} sampled frames")
+        shown = tuple(plan.indices[k] for k in order)
+        if len(shown) < len(plan.indices):  # fewer frames: another size, and times of their own
+            plan = self._make(probe(path), shown, self._even_times(len(shown)), self.config.fps)
+        return replace(plan, indices=shown, blank=tuple(blank) if any(blank) else ())
+
     def frames(self, plan: FramePlan) -> Tensor:
         """uint8 [F, H, W, 3] at native size, on the decoder's device. Raises DecodeError."""
         (out,) = self.frames_many([plan])

@@ -1,0 +1,62 @@
+"""The configuration of a run: nested dataclasses, one docstring per field, validated before any work.
+
+A recipe is the YAML form of ``RunConfig``; every key can be overridden on the command line with its dotted name.
+"""
+
+from __future__ import annotations
+
+from tempo_fast.config.data import (
+    CurateConfig,
+    DataConfig,
+    FeaturesConfig,
+    LoaderConfig,
+    ModelConfig,
+    TinyworldConfig,
+    VideoConfig,
+)
+from tempo_fast.config.pairs import (
+    GenerationConfig,
+    JudgeConfig,
+    LeanPOPairsConfig,
+    MDPOPairsConfig,
+    PairsConfig,
+    RRPOPairsConfig,
+    SelectConfig,
+)
+from tempo_fast.config.run import RunConfig
+from tempo_fast.config.training import (
+    EvalConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    ReportConfig,
+    SFTConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CurateConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FeaturesConfig",
+    "GenerationConfig",
+    "JudgeConfig",
+    "LeanPOPairsConfig",
+    "LoaderConfig",
+    "LoraConfig",
+    "MDPOPairsConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "PairsConfig",
+    "RRPOPairsConfig",
+    "ReferenceConfig",
+    "ReportConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SelectConfig",
+    "StageConfig",
+    "TinyworldConfig",
+    "TrainConfig",
+    "VideoConfig",
+]

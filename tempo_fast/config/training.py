@@ -1,0 +1,134 @@
+"""Stages, adapters, optimiser, reference, evaluation, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class LoraConfig:
+    r: int = 32
+    """Rank."""
+    alpha: int = 64
+    """Scale is alpha / r."""
+    dropout: float = 0.05
+    """On the adapter's input."""
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "dpo"
+    """One of tempo_kernels.objectives: dpo, cdpo, robust, ipo, hinge, simpo, leanpo, rrpo, ..."""
+    options: dict[str, float] = field(default_factory=lambda: {"beta": 0.1, "sft_weight": 1.0})
+    """The objective's own options, as its docstring names them."""
+
+
+@dataclass
+class StageConfig:
+    r: int = 16
+    """Difficulty of the pairs of this stage."""
+    epochs: int = 1
+    """Passes over them."""
+    learning_rate: float = 0.0
+    """Peak; 0 takes train.learning_rate."""
+
+
+@dataclass
+class SFTConfig:
+    epochs: int = 1
+    """Passes over data.sft; 0 skips the stage."""
+    learning_rate: float = 1e-4
+    """Peak."""
+    alpha: int = 32
+    """LoRA alpha of the SFT adapter."""
+    batch_size: int = 16
+    """Records per optimizer step."""
+    vision_lora: bool = True
+    """Adapters on the vision tower too."""
+    max_steps: int = 0
+    """Stop after this many steps; 0 is all."""
+    control: bool = True
+    """Also run SFT alone from the base model, on the same data, as the control of the evaluation."""
+
+
+@dataclass
+class TrainConfig:
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss of the preference stages."""
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig(r=r) for r in (16, 8, 4, 2)])
+    """The curriculum, in order."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """The stage after the curriculum."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters of the preference stages (language model only)."""
+    learning_rate: float = 5e-6
+    """Peak of each stage."""
+    batch_size: int = 16
+    """Pairs per optimizer step over all ranks: in a tree of one chosen and three rejected the chosen counts thrice."""
+    max_tokens: int = 16384
+    """Token budget of one packed row; a record that is longer is an error."""
+    length_window: int = 1
+    """Optimizer steps whose records are sorted by length before they are dealt to steps: more than 1 makes the records
+    of a step alike, so that ranks finish together and rows are full; the order of the steps stays random."""
+    weight_decay: float = 0.1
+    """AdamW."""
+    adam_beta2: float = 0.95
+    """AdamW; beta1 is 0.9."""
+    warmup_ratio: float = 0.05
+    """Share of a stage's steps with linear warm-up; then cosine to 0."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 is off."""
+    gradient_checkpointing: bool | Literal["none", "full", "selective"] = "full"
+    """What the backward computes again. ``full`` (true): every layer; ``none`` (false): nothing; ``selective``: all
+    but attention and the projections that do not widen, for about five times the memory of ``full`` (attention by
+    ``flex`` is compiled, and computed again)."""
+    liger_kernels: bool | Literal["auto"] = False
+    """RMSNorm, SwiGLU and (but for Qwen-VL) RoPE of the text model by the package liger-kernel, on CUDA; they change
+    rounding alone. true: an error where they cannot run; ``auto``: the model's own there."""
+    save_steps: int = 50
+    """Checkpoint every so many optimizer steps, and at the end of each stage."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept while a stage runs."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """Plain torch on one process, or DeepSpeed under torchrun."""
+    zero_stage: Literal[0, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    attention: Literal["auto", "dense", "split", "flash", "flex"] = "auto"
+    """Of packed trees. ``flex``: FlexAttention with a block mask, trains on CUDA alone; ``flash``: the flash-attn
+    package; ``split``: prompt and branches apart, on torch's own kernels; ``dense``: the model's own attention with a
+    mask of all tokens by all tokens, slow. ``auto`` takes the first of these that runs, never ``dense``."""
+    trees: bool = True
+    """One row per video for all its answers; false runs each answer as a row of its own (slow; same result)."""
+
+
+@dataclass
+class ReferenceConfig:
+    mode: Literal["base", "previous_stage"] = "base"
+    """``base``: one reference for all stages, one LoRA. ``previous_stage``: merge, refill, new LoRA (official)."""
+    store: str = ""
+    """Folder of the statistics; empty is <output_dir>/reference. Can be shared by runs."""
+    kl: Literal["objective", "always"] = "objective"
+    """Store what the exact KL needs only when the objective uses it, or always, so that the KL is logged."""
+
+
+@dataclass
+class EvalConfig:
+    r: list[int] = field(default_factory=lambda: [16, 8, 4, 2])
+    """Difficulties of the pairwise probe."""
+    max_videos: int = 0
+    """Use at most this many held-out videos; 0 is all."""
+    captions: bool = True
+    """Also generate free captions and score objects and order."""
+    stages: Literal["all", "ends"] = "all"
+    """Evaluate after every stage, or only base, last stage, SFT and control."""
+    bootstrap: int = 1000
+    """Resamples over videos for the 95 % intervals."""
+
+
+@dataclass
+class ReportConfig:
+    pairs: int = 2
+    """Film strips per kind and r."""
+    strip_frames: int = 24
+    """Frames of a film strip."""

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, G visual tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,10 @@ class TransformersFamily:
         except (OSError, ValueError) as e:
             raise InputError(f"model.path: {path} cannot be loaded ({str(e).splitlines()[0]})") from e
 
-    def _chat(self, tokenizer: Any, text: str, n_videos: int) -> str:
-        """One user turn, the videos first, and the start of the answer."""
-        content: list[dict[str, str]] = [{"type": "video"} for _ in range(n_videos)]
-        content.append({"type": "text", "text": text})
+    def _chat(self, tokenizer: Any, text: str, n_videos: int, turns: Sequence[tuple[str, str]] = ()) -> str:
+        """The turns and the start of the answer."""
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            chat_messages(text, n_videos, turns),
             chat_template=_processor_template(tokenizer),
             tokenize=False,
             add_generation_prompt=True,
@@ -88,6 +87,17 @@ class TransformersFamily:
 
     def head(self, model: nn.Module) -> nn.Module:
         return unwrap(model).lm_head
+
+
+def chat_messages(text: str, n_videos: int, turns: Sequence[tuple[str, str]] = ()) -> list[dict[str, Any]]:
+    """What a chat template takes: earlier (user, assistant) turns and ``text`` as the last user turn. The videos stand
+    before the words of the first user turn. Every content is a list of parts: some templates read no other."""
+    said = [(role, words) for turn in turns for role, words in zip(("user", "assistant"), turn, strict=True)]
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": words}]} for role, words in [*said, ("user", text)]
+    ]
+    messages[0]["content"] = [{"type": "video"}] * n_videos + messages[0]["content"]
+    return messages
 
 
 def _processor_template(tokenizer: Any) -> str | None:

@@ -133,8 +133,10 @@ class Family(Protocol):
         text: str,
         grids: Sequence[Grid],
         times: Sequence[Timing] | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> Prompt:
-        """Chat prompt with the videos before the text, generation prompt included.
+        """Chat prompt: earlier (user, assistant) ``turns``, then ``text``, with the videos before the first user's
+        words; generation prompt included.
 
         Raises InputError where the chat template does not show the videos, ValueError where ``times`` (one per video)
         do not fit or a ``timed`` family is given none.

@@ -49,8 +49,9 @@ class FrameFamily(TransformersFamily):
         text: str,
         grids: Sequence[Grid],
         times: Sequence[Timing] | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> Prompt:
-        pieces = self._chat(tokenizer, text, len(grids)).split("<video>")
+        pieces = self._chat(tokenizer, text, len(grids), turns).split("<video>")
         if len(pieces) != len(grids) + 1:
             raise InputError(
                 f"model.path: the chat template and the prompt's words hold {len(pieces) - 1} '<video>' slots for"

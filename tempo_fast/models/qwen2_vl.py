@@ -37,8 +37,9 @@ class Qwen2VL(TransformersFamily):
         text: str,
         grids: Sequence[Grid],
         times: Sequence[Timing] | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> Prompt:
-        rendered = self._chat(tokenizer, text, len(grids))
+        rendered = self._chat(tokenizer, text, len(grids), turns)
         pad = config.video_token_id
         found = rendered.count(tokenizer.convert_ids_to_tokens(pad))
         if found != len(grids):

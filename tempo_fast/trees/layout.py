@@ -66,10 +66,17 @@ class ResponseTree:
         return sum(len(b.input_ids) for b in self.branches)
 
 
-def prompt_of(family: Family, tokenizer: Any, hf_config: Any, text: str, plans: Sequence[Plan]) -> Prompt:
-    """The family's prompt about the videos of ``plans``."""
+def prompt_of(
+    family: Family,
+    tokenizer: Any,
+    hf_config: Any,
+    text: str,
+    plans: Sequence[Plan],
+    turns: Sequence[tuple[str, str]] = (),
+) -> Prompt:
+    """The family's prompt about the videos of ``plans``, after earlier (user, assistant) ``turns``."""
     grids = [Grid(*p.grid) for p in plans]
-    return family.build_prompt(tokenizer, hf_config, text, grids, [p.timing for p in plans])
+    return family.build_prompt(tokenizer, hf_config, text, grids, [p.timing for p in plans], turns)
 
 
 def build_tree(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -30,10 +31,35 @@ def pixel_values(kept: dict[str, Tensor], name: str, i: int) -> Tensor:
     return torch.stack([kept[f"{name}.table{i}.{c}"][kept[f"{name}.codes{i}.{c}"].long()] for c in range(3)], dim=1)
 
 
+def make_processor(name: str, tokenizer: Any, geometry: Any) -> Any:
+    import transformers
+
+    side = {"height": geometry.side, "width": geometry.side}
+    own = {"image_mean": geometry.mean, "image_std": geometry.std}
+    if name == "internvl":
+        return transformers.InternVLProcessor(
+            image_processor=transformers.GotOcr2ImageProcessor(), tokenizer=tokenizer, image_seq_length=4,
+            video_processor=transformers.InternVLVideoProcessor(size=side, **own),
+            chat_template=tokenizer.chat_template,
+        )  # fmt: skip
+    if name == "llava_onevision":
+        return transformers.LlavaOnevisionProcessor(
+            image_processor=transformers.LlavaOnevisionImageProcessor(), tokenizer=tokenizer,
+            video_processor=transformers.LlavaOnevisionVideoProcessor(size=side, **own),
+            num_image_tokens=25, vision_feature_select_strategy="full", chat_template=tokenizer.chat_template,
+        )  # fmt: skip
+    shortest = {"shortest_edge": geometry.side}
+    return transformers.LlavaNextVideoProcessor(
+        image_processor=transformers.LlavaNextImageProcessor(), tokenizer=tokenizer,
+        video_processor=transformers.LlavaNextVideoVideoProcessor(size=shortest, crop_size=side, **own),
+        patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
 def by_processor() -> dict[str, Tensor]:
     """Token ids and pixel values (see ``pixel_values``) per family and video, frames sampled by InternVL's rule."""
     hf_pixels._declare_operators()
-    import transformers
     from transformers.video_utils import VideoMetadata
 
     from tempo_fast.models import get_family
@@ -43,34 +69,14 @@ def by_processor() -> dict[str, Tensor]:
         tokenizer = frame_models.make_tokenizer(name)
         config = frame_models.make_config(name, tokenizer)
         geometry = get_family(name).geometry(config)
-        side = {"height": geometry.side, "width": geometry.side}
-        own = {"image_mean": geometry.mean, "image_std": geometry.std}
+        processor = make_processor(name, tokenizer, geometry)
         if name == "internvl":
-            processor = transformers.InternVLProcessor(
-                image_processor=transformers.GotOcr2ImageProcessor(), tokenizer=tokenizer, image_seq_length=4,
-                video_processor=transformers.InternVLVideoProcessor(size=side, **own),
-                chat_template=tokenizer.chat_template,
-            )  # fmt: skip
             rows = [
                 processor.video_processor.sample_frames(VideoMetadata(total_num_frames=n, fps=30.0), num_frames=k)
                 for n, k in COUNTS
             ]
             out["sampled"] = torch.cat(rows).to(torch.int16)
             out["n_sampled"] = torch.tensor([len(r) for r in rows], dtype=torch.int16)
-        elif name == "llava_onevision":
-            processor = transformers.LlavaOnevisionProcessor(
-                image_processor=transformers.LlavaOnevisionImageProcessor(), tokenizer=tokenizer,
-                video_processor=transformers.LlavaOnevisionVideoProcessor(size=side, **own),
-                num_image_tokens=25, vision_feature_select_strategy="full", chat_template=tokenizer.chat_template,
-            )  # fmt: skip
-        else:
-            shortest = {"shortest_edge": geometry.side}
-            processor = transformers.LlavaNextVideoProcessor(
-                image_processor=transformers.LlavaNextImageProcessor(), tokenizer=tokenizer,
-                video_processor=transformers.LlavaNextVideoVideoProcessor(size=shortest, crop_size=side, **own),
-                patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-                chat_template=tokenizer.chat_template,
-            )  # fmt: skip
         for i, (n, height, width) in enumerate(VIDEOS):
             video = hf_pixels.frames(n, height, width).permute(0, 3, 1, 2)
             content = [{"type": "video"}, {"type": "text", "text": QUESTION}]

@@ -59,19 +59,32 @@ def table_of(values: Tensor) -> tuple[Tensor, Tensor]:
     return table, codes.to(torch.uint8)
 
 
-def by_processor(name: str, case: list[Video], tokenizer: Any) -> dict[str, Tensor]:
+def make_processor(name: str, tokenizer: Any) -> Any:
     import transformers
-    from transformers.video_utils import VideoMetadata
 
+    kinds: dict[str, Any] = {
+        "qwen2_vl": transformers.Qwen2VLProcessor,
+        "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
+        "qwen3_vl": transformers.Qwen3VLProcessor,
+    }
     if name == "qwen3_vl":
         video = transformers.Qwen3VLVideoProcessor(size={"shortest_edge": LEAST, "longest_edge": MOST})
-        kind: Any = transformers.Qwen3VLProcessor
     else:
         video = transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8})
-        kind = transformers.Qwen2_5_VLProcessor
-    processor = kind(transformers.Qwen2VLImageProcessor(), tokenizer, video, chat_template=tokenizer.chat_template)
+    images = transformers.Qwen2VLImageProcessor()
+    return kinds[name](images, tokenizer, video, chat_template=tokenizer.chat_template)
+
+
+def by_processor(
+    name: str, case: list[Video], tokenizer: Any, messages: list[dict[str, Any]] | None = None
+) -> dict[str, Tensor]:
+    """``messages`` None: ``TEXT`` about the videos of the case."""
+    from transformers.video_utils import VideoMetadata
+
+    processor = make_processor(name, tokenizer)
     content = [{"type": "video"} for _ in case] + [{"type": "text", "text": TEXT}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    messages = messages or [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
     told = [VideoMetadata(v.total, fps=v.rate, frames_indices=v.indices()) for v in case]
     made = processor(
         text=[text],
@@ -84,7 +97,7 @@ def by_processor(name: str, case: list[Video], tokenizer: Any) -> dict[str, Tens
     out = {"ids": made["input_ids"][0], "grids": made["video_grid_thw"]}
     if name == "qwen3_vl":
         out["table"], out["codes"] = table_of(made["pixel_values_videos"])
-    else:
+    elif name == "qwen2_5_vl":
         out["seconds"] = torch.as_tensor(made["second_per_grid_ts"], dtype=torch.float64)
     return out
 

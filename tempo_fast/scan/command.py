@@ -15,7 +15,7 @@ from tempo_fast.config import TrainConfig, VideoConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, drop_stale, write_atomic, write_json, writing
 from tempo_fast.imports import held_signals
-from tempo_fast.scan.pool import Outcome, how_ended, run_isolated, warm_up
+from tempo_fast.runtime.pool import Outcome, how_ended, run_isolated, warm_up
 from tempo_fast.scan.rows import Row, RowFile
 from tempo_fast.scan.sources import find_videos, reaches
 from tempo_fast.scan.summary import Summary

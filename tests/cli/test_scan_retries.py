@@ -15,8 +15,8 @@ from counter_clips import hide_first, write_counter
 
 from tempo_fast import cli
 from tempo_fast.errors import InputError
+from tempo_fast.runtime.pool import Outcome
 from tempo_fast.scan import command
-from tempo_fast.scan.pool import Outcome
 
 
 class Pool:

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pool_jobs
 import pytest
-import scan_jobs
 from processes import alive, until
 
 from tempo_fast.errors import InputError
-from tempo_fast.scan import pool
-from tempo_fast.scan.pool import JOBS_PER_PROCESS, Outcome, run_isolated, warm_up
+from tempo_fast.runtime import pool
+from tempo_fast.runtime.pool import JOBS_PER_PROCESS, Outcome, run_isolated, warm_up
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,7 +32,7 @@ def test_every_failure_has_its_name(workers, tmp_path):
     found = collections.defaultdict(list)
     limits = {f"hang {pipe}": 0.4, "spin": 0.4}
     for job, outcome in run_isolated(
-        scan_jobs.act, jobs, workers=workers, timeout=lambda job: limits.get(job, 60.0), shared={"a": 1}
+        pool_jobs.act, jobs, workers=workers, timeout=lambda job: limits.get(job, 60.0), shared={"a": 1}
     ):
         found[job].append(outcome)
     assert {job: len(outcomes) for job, outcomes in found.items()} == collections.Counter(jobs)
@@ -45,7 +45,7 @@ def test_every_failure_has_its_name(workers, tmp_path):
     assert found["spin"] == [Outcome("spinning", "timeout")]
     assert found[f"hang {pipe}"] == [Outcome(failure="timeout")]
     [raised] = found["raise no"]
-    assert raised.failure == "error" and str(raised.error) == "ValueError: no" and "scan_jobs.py" in str(
+    assert raised.failure == "error" and str(raised.error) == "ValueError: no" and "pool_jobs.py" in str(
         raised.error.__cause__
     )  # fmt: skip
     [refused] = found["refuse all"]
@@ -62,14 +62,14 @@ def test_workers_are_renewed_and_jobs_are_taken_one_by_one():
             yield f"ok {i}"
 
     pids = collections.Counter()
-    for done, (_, outcome) in enumerate(run_isolated(scan_jobs.act, jobs(), workers=1, timeout=lambda job: 60.0), 1):
+    for done, (_, outcome) in enumerate(run_isolated(pool_jobs.act, jobs(), workers=1, timeout=lambda job: 60.0), 1):
         pids[outcome.value[2]] += 1
         assert taken <= done + 1
     assert sorted(pids.values()) == [1, JOBS_PER_PROCESS, JOBS_PER_PROCESS]
 
 
 def test_no_jobs_no_workers():
-    assert list(run_isolated(scan_jobs.act, [], workers=2, timeout=lambda job: 1.0)) == []
+    assert list(run_isolated(pool_jobs.act, [], workers=2, timeout=lambda job: 1.0)) == []
 
 
 def written(note: Path) -> bool:
@@ -78,7 +78,7 @@ def written(note: Path) -> bool:
 
 def test_closing_ends_what_is_running(tmp_path):
     note = tmp_path / "pid"
-    work = run_isolated(scan_jobs.act, [f"note {note}", "ok"], workers=2, timeout=lambda job: 60.0)
+    work = run_isolated(pool_jobs.act, [f"note {note}", "ok"], workers=2, timeout=lambda job: 60.0)
     assert next(work)[0] == "ok"
     assert until(lambda: written(note))
     worker = int(note.read_text())
@@ -95,17 +95,17 @@ def test_check_stops_the_work(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(run_isolated(scan_jobs.act, [f"note {note}"], workers=1, timeout=lambda job: 60.0, check=check))
+        next(run_isolated(pool_jobs.act, [f"note {note}"], workers=1, timeout=lambda job: 60.0, check=check))
     assert not alive(int(note.read_text()))
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     note = tmp_path / "pid"
     code = (
-        "import sys, scan_jobs\n"
-        "from tempo_fast.scan.pool import run_isolated\n"
+        "import sys, pool_jobs\n"
+        "from tempo_fast.runtime.pool import run_isolated\n"
         "if __name__ == '__main__':\n"
-        "    list(run_isolated(scan_jobs.act, [sys.argv[1]], workers=1, timeout=lambda job: 60.0))\n"
+        "    list(run_isolated(pool_jobs.act, [sys.argv[1]], workers=1, timeout=lambda job: 60.0))\n"
     )
     script = tmp_path / "parent.py"
     script.write_text(code)
@@ -124,8 +124,8 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
 
 def start_with(action: str, argument: object, check=lambda: None) -> None:
     """Workers that do this before they are ready for jobs."""
-    shared = scan_jobs.Late(action, str(argument))
-    list(run_isolated(scan_jobs.act, ["ok 1"], workers=2, timeout=lambda job: 60.0, shared=shared, check=check))
+    shared = pool_jobs.Late(action, str(argument))
+    list(run_isolated(pool_jobs.act, ["ok 1"], workers=2, timeout=lambda job: 60.0, shared=shared, check=check))
 
 
 def test_workers_that_cannot_start_say_why():
@@ -159,5 +159,5 @@ def test_a_stop_comes_before_what_a_dead_worker_seems_to_say(early, tmp_path):
             start_with("note-exit", note, check)
         else:
             jobs = [f"note-exit {note}"]
-            for _, outcome in run_isolated(scan_jobs.act, jobs, workers=1, timeout=lambda job: 60.0, check=check):
+            for _, outcome in run_isolated(pool_jobs.act, jobs, workers=1, timeout=lambda job: 60.0, check=check):
                 assert not outcome.failure

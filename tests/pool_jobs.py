@@ -1,4 +1,4 @@
-"""Jobs for ``tempo_fast.scan.pool`` that misbehave for real; workers import this file by its name."""
+"""Jobs for ``tempo_fast.runtime.pool`` that misbehave for real; workers import this file by its name."""
 
 import os
 import signal

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tempo_fast.events import kendall_tau, matched_order
 from tempo_fast.schema import events_of
 
 SUBJECT_WORDS = 3
@@ -46,22 +47,3 @@ def score_caption(caption: str, events: Sequence[str]) -> CaptionScore:
     f1 = 2 * hits / (len(told) + len(true)) if told or true else 1.0
     objects = (Counter(map(subject, told)) & Counter(map(subject, true))).total()
     return CaptionScore(f1, objects / len(true) if true else 1.0, kendall_tau(matched_order(told, true)))
-
-
-def matched_order(told: Sequence[str], true: Sequence[str]) -> list[int]:
-    """Indices into ``true`` of the sentences of ``told`` that match, in the order told; of equal ones the k-th told is
-    the k-th true one."""
-    places: dict[str, list[int]] = {}
-    for i, sentence in enumerate(true):
-        places.setdefault(sentence, []).append(i)
-    return [places[s].pop(0) for s in told if places.get(s)]
-
-
-def kendall_tau(order: Sequence[int]) -> float | None:
-    """(concordant - discordant) / all pairs of distinct numbers; None for fewer than two."""
-    n = len(order)
-    if n < 2:
-        return None
-    concordant = sum(order[i] < order[j] for i in range(n) for j in range(i + 1, n))
-    pairs = n * (n - 1) // 2
-    return (2 * concordant - pairs) / pairs

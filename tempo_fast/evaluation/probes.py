@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tempo_fast.evaluation.scoring import Score
-from tempo_fast.evaluation.stats import Stat, bootstrap
 from tempo_fast.files import digest
 from tempo_fast.perturb import KINDS, perturb
 from tempo_fast.schema import Question, Truth
+from tempo_fast.stats import Stat, bootstrap
 
 
 @dataclass(frozen=True)

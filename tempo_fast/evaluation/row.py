@@ -11,12 +11,12 @@ from tempo_fast.errors import InputError
 from tempo_fast.evaluation.captions import score_caption
 from tempo_fast.evaluation.probes import Twins, pairwise, questions, twins
 from tempo_fast.evaluation.scoring import Score, score
-from tempo_fast.evaluation.stats import bootstrap
 from tempo_fast.generation import Engine, Request
 from tempo_fast.models.load import Bundle
 from tempo_fast.prompts import VIDEO_PROMPTS, draw_prompt
 from tempo_fast.runtime.progress import progress
 from tempo_fast.schema import Question, Truth
+from tempo_fast.stats import bootstrap
 
 
 def evaluate(

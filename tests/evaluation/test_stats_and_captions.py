@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo_fast.evaluation.captions import kendall_tau, matched_order, score_caption
-from tempo_fast.evaluation.stats import bootstrap
+from tempo_fast.evaluation.captions import score_caption
+from tempo_fast.events import kendall_tau, matched_order
+from tempo_fast.stats import bootstrap, share_interval
 
 A, B, C = "A red circle moves left.", "An orange ring grows.", "A blue cross appears."
 
@@ -68,3 +69,25 @@ def test_captions_by_hand():
 def test_equal_events_match_one_by_one():
     assert matched_order(["b", "a", "a", "a", "x"], ["a", "b", "a"]) == [1, 0, 2]
     assert matched_order(["a", "a"], ["b"]) == []
+
+
+@given(st.integers(1, 5000), st.data())
+def test_wilsons_interval_solves_its_equation(n, data):
+    """Its ends are the shares p for which k / n is 1.96 standard errors, sqrt(p (1 - p) / n), away."""
+    k = data.draw(st.integers(0, n))
+    s = share_interval(k, n)
+    assert 0 <= s["lo"] <= s["value"] == k / n <= s["hi"] <= 1 and s["n"] == n
+    for end, edge in ((s["lo"], 0), (s["hi"], n)):
+        if k == edge:
+            assert end == pytest.approx(k / n, abs=1e-12)
+        else:
+            assert (k / n - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, rel=1e-6)
+
+
+def test_wilsons_interval_of_known_cases():
+    assert share_interval(0, 10)["hi"] == pytest.approx(0.27753, abs=1e-5)
+    assert [share_interval(5, 10)[e] for e in ("lo", "hi")] == pytest.approx([0.23659, 0.76341], abs=1e-5)
+    assert share_interval(0, 0) == {"value": None, "lo": None, "hi": None, "n": 0}
+    for k, n in ((-1, 4), (5, 4)):
+        with pytest.raises(ValueError):
+            share_interval(k, n)

@@ -1,13 +1,35 @@
-"""Shares with 95 % intervals over videos."""
+"""Shares with 95 % intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 Stat = dict[str, Any]
+
+_Z = 1.959964  # the normal distribution's 97.5 % quantile
+
+
+def share_interval(k: int, n: int) -> Stat:
+    """k / n with Wilson's 95 % score interval, which stays inside [0, 1] and is no point at k = 0 and k = n.
+
+    For independent trials: one per video. (Wilson, Journal of the American Statistical Association 22, 1927.)
+
+    Returns:
+        {"value", "lo", "hi", "n"}; value, lo and hi are None for n = 0.
+
+    Raises:
+        ValueError: not 0 <= k <= n.
+    """
+    if not 0 <= k <= n:
+        raise ValueError(f"a share needs 0 <= k <= n, got k={k}, n={n}")
+    if n == 0:
+        return {"value": None, "lo": None, "hi": None, "n": 0}
+    p, z2 = k / n, _Z**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return {"value": p, "lo": max(0.0, min(p, middle - half)), "hi": min(1.0, max(p, middle + half)), "n": n}
 
 
 def bootstrap(hits: Sequence[float], counts: Sequence[float], resamples: int, seed: int) -> Stat:
@@ -23,6 +45,8 @@ def bootstrap(hits: Sequence[float], counts: Sequence[float], resamples: int, se
         {"value", "lo", "hi": 2.5 % and 97.5 % percentile, "n": videos, "items": sum of counts}; value, lo and hi are
         None when no video counts.
     """
+    import numpy as np  # the intervals above are needed where numpy is not
+
     pairs = np.array([(h, c) for h, c in zip(hits, counts, strict=True) if c > 0], dtype=np.float64).reshape(-1, 2)
     n = len(pairs)
     if n == 0:

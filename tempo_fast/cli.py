@@ -37,6 +37,7 @@ _CONFIG_VERBS = {
 }
 _PLAIN_VERBS = {
     "merge": "fold an adapter into its base model",
+    "pairs convert": "preference data from one format to another: TRL, ms-swift, LLaMA-Factory, RRPO, Parquet, ...",
     "scan": "probe every video of a folder, before a long run meets a broken one",
     "tinyworld": "generate the small world of the demo, or rebuild its base model",
     "doctor": "versions, devices, decoders, and what is missing for what",
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_how_to_resume(str(e), words, e.resumable), e.exit_code, debug)
     except (KeyboardInterrupt, _Terminated) as e:
         what, code = ("terminated", 75) if isinstance(e, _Terminated) else ("interrupted", 130)
-        resumable = bool(words) and words[0] in _CONFIG_VERBS
+        resumable = bool(words) and words[0] in _CONFIG_VERBS and words[:2] != ["pairs", "convert"]
         what += "; finished work is kept, resume with" if resumable else ""
         return _fail(_how_to_resume(what, words, resumable), code, debug)
     except BrokenPipeError:
@@ -117,6 +118,8 @@ def _dispatch(words: list[str]) -> None:
         print(_overview())
     elif verb in ("-V", "--version"):
         print(f"tempo-fast {__version__}")
+    elif (both := " ".join(words[:2])) in _PLAIN_VERBS:
+        _PLAIN[both](words[2:])
     elif verb in _CONFIG_VERBS:
         _config_verb(verb, words[1:])
     elif verb in _PLAIN_VERBS:
@@ -130,7 +133,7 @@ def _dispatch(words: list[str]) -> None:
 def _overview() -> str:
     from tempo_fast.configio import shipped_recipes
 
-    rows = [f"  {name:<10} {text}" for name, text in {**_CONFIG_VERBS, **_PLAIN_VERBS}.items()]
+    rows = [f"  {name:<13} {text}" for name, text in {**_CONFIG_VERBS, **_PLAIN_VERBS}.items()]
     return "\n".join(
         [
             "tempo-fast: preference training that teaches video LLMs when things happen",
@@ -229,6 +232,35 @@ def _merge(words: list[str]) -> None:
     print(f"{args.out}: merged {args.adapter} into {base}; largest rounding error of a weight {error:.1e}")
 
 
+def _convert(words: list[str]) -> None:
+    from tempo_fast.pairs.formats.layouts import FORMATS
+
+    parser = _Parser("tempo-fast pairs convert", description=_PLAIN_VERBS["pairs convert"], allow_abbrev=False)
+    parser.add_argument("source", metavar="IN", help="JSON lines, JSON array, Parquet, Arrow, a pattern, or a folder")
+    parser.add_argument(
+        "out", metavar="OUT",
+        help=".jsonl, .json (either with .gz), .parquet, or a new folder that Hugging Face's load_dataset takes",
+    )  # fmt: skip
+    formats = ("auto", *FORMATS)
+    parser.add_argument("--from", dest="read_as", choices=formats, default="auto", help="format of IN (auto)")
+    parser.add_argument("--to", dest="write_as", choices=FORMATS, default="native", help="format of OUT (native)")
+    parser.add_argument("--r", type=int, default=0, metavar="N", help="difficulty of rows that do not say theirs (0)")
+    parser.add_argument("--problems", type=Path, metavar="FILE.jsonl", help="write every problem there, not only 20")
+    parser.add_argument("--strict", action="store_true", help="any problem is an error, and OUT is not written")
+    parser.add_argument(
+        "--group", choices=("all", "adjacent"), default="all",
+        help="join rows of one video, prompt and chosen answer to one record: all (default), or neighbours only",
+    )  # fmt: skip
+    args = parser.parse_args(words)
+    from tempo_fast.pairs.convert import ConvertOptions, convert_command
+
+    options = ConvertOptions(
+        read_as=args.read_as, write_as=args.write_as, r=args.r, problems=args.problems, strict=args.strict,
+        group=args.group,
+    )  # fmt: skip
+    convert_command(args.source, args.out, options)
+
+
 def _scan(words: list[str]) -> None:
     parser = _Parser("tempo-fast scan", description=_PLAIN_VERBS["scan"], allow_abbrev=False)
     parser.add_argument("videos", help="folder, glob, text file with one path a line, or JSON lines that name videos")
@@ -299,6 +331,7 @@ def _doctor(words: list[str]) -> None:
 
 _PLAIN: dict[str, Callable[[list[str]], None]] = {
     "merge": _merge,
+    "pairs convert": _convert,
     "scan": _scan,
     "tinyworld": _tinyworld,
     "doctor": _doctor,

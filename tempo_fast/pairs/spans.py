@@ -78,7 +78,7 @@ def differing_words(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]
     sides = [[words_of(t, s, e) for s, e in sentence_spans(t)] for t in (chosen, rejected)]
     keys = [[" ".join(w.text for w in words) for words in side] for side in sides]
     marked: tuple[list[Span], list[Span]] = [], []
-    for tag, i1, i2, j1, j2 in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+    for tag, i1, i2, j1, j2 in SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
         if tag == "equal":
             continue
         blocks = [sides[0][i1:i2], sides[1][j1:j2]]

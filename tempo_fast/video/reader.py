@@ -5,6 +5,7 @@ Shapes: F frames, P patches, C channels, tp and p temporal and spatial patch siz
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from tempo_fast.config import VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest
 from tempo_fast.models.family import Grid, Timing, VideoGeometry
+from tempo_fast.video.augment import Augmentation, augment, draw_augmentation
 from tempo_fast.video.container import Deadline, DecodeError
 from tempo_fast.video.decode import decoder_for, open_decoder
 from tempo_fast.video.decoder import Decoder, in_batches, pick
@@ -32,7 +34,8 @@ class FramePlan:
 
     ``indices`` frame numbers in the order shown, ``blank`` which of them are shown black (empty: none); ``timestamps``
     seconds, ascending; ``fps`` frames over the seconds they stand for; ``height`` and ``width`` pixels after resizing;
-    ``rule`` sampling, resize, the decoder and colour route really used for this file, and pixel budget, as text.
+    ``rule`` sampling, resize, the decoder and colour route really used for this file, and pixel budget, as text;
+    ``augment`` what is done to every frame instead of resizing it whole.
     """
 
     path: str
@@ -45,6 +48,7 @@ class FramePlan:
     grid: Grid
     rule: str
     blank: tuple[bool, ...] = ()
+    augment: Augmentation | None = None
 
     @cached_property
     def key(self) -> str:
@@ -52,7 +56,8 @@ class FramePlan:
         times = [round(t, 6) for t in self.timestamps]
         size = [self.height, self.width, list(self.grid)]
         blank = [self.blank] if any(self.blank) else []
-        return digest([self.digest, self.indices, times, round(self.fps, 6), *size, self.rule, *blank])
+        augmented = [{"augment": self.augment._asdict()}] if self.augment is not None else []
+        return digest([self.digest, self.indices, times, round(self.fps, 6), *size, self.rule, *blank, *augmented])
 
     @property
     def timing(self) -> Timing:
@@ -150,6 +155,32 @@ class VideoReader:
             plan = self._make(probe(path), shown, self._even_times(len(shown)), self.config.fps)
         return replace(plan, indices=shown, blank=tuple(blank) if any(blank) else ())
 
+    def plan_sparse(self, path: str | os.PathLike[str], n_frames: int, augment_seed: int | None = None) -> FramePlan:
+        """Plan few frames of a whole file: ``n_frames`` of the sampled ones, evenly from the first to the last (the first
+        alone), as LeanPO takes them.
+
+        With a seed they are augmented (``video.augment``) to squares as large as the whole frames would be, in pixels.
+        """
+        if n_frames < 1:
+            raise InputError(f"{path}: a plan of {n_frames} frames")
+        whole = self.plan(path).indices
+        n = min(n_frames, len(whole))
+        plan = self.plan(path, [whole[i * (len(whole) - 1) // max(1, n - 1)] for i in range(n)])
+        if augment_seed is None:
+            return plan
+        info, side = probe(path), round(math.sqrt(plan.height * plan.width))
+        if not self.geometry.side:
+            c, g = self.config, self.geometry
+            budget = video_max_pixels(c, n, g)
+            side, _ = smart_resize(side, side, factor=g.factor, min_pixels=c.min_pixels, max_pixels=budget)
+        return replace(
+            plan,
+            height=side,
+            width=side,
+            grid=self.geometry.grid(n, side, side),
+            augment=draw_augmentation(augment_seed, info.height, info.width),
+        )
+
     def frames(self, plan: FramePlan) -> Tensor:
         """uint8 [F, H, W, 3] at native size, on the decoder's device. Raises DecodeError."""
         (out,) = self.frames_many([plan])
@@ -225,7 +256,11 @@ class VideoReader:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Resized frames, which of them stands at each place (None: all in order), and which places are black (None:
         none). ``frames`` are those of ``seen``."""
-        frames = fit(frames.to(self.device), plan.height, plan.width, crop=self.geometry.crop)
+        frames = frames.to(self.device)
+        if plan.augment is not None:
+            frames = augment(frames, plan.augment, plan.height, plan.width)
+        else:
+            frames = fit(frames, plan.height, plan.width, crop=self.geometry.crop)
         place = {i: k for k, i in enumerate(seen.indices)}
         index = None if plan.indices == seen.indices else torch.tensor([place.get(i, 0) for i in plan.indices])
         return frames, index, torch.tensor(plan.blank) if any(plan.blank) else None

@@ -18,7 +18,8 @@ from typing import Any
 from tempo_fast.config import RunConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, file_digest, read_json, to_plain, write_json
-from tempo_fast.runs import STEPS, Run, summarize
+from tempo_fast.runs import SHARED, STEPS, Run, Unfinished, summarize
+from tempo_fast.runtime.shards import this_shard
 from tempo_fast.schema import Clips, PreferenceRecord, Question, SFTRecord, Truth, read_records, resolve_videos
 
 log = logging.getLogger("tempo_fast")
@@ -55,31 +56,28 @@ def curate(run: Run) -> dict[str, Any]:
 
 
 def pairs(run: Run) -> dict[str, Any]:
-    """Clips to preference pairs: ``pairs/r<r>.jsonl`` and ``pairs/audit.json``."""
+    """Videos to preference pairs: ``pairs/r<r>.jsonl`` and ``pairs/audit.json``. Every process makes its share."""
     config, folder = run.config, run.out / "pairs"
-    clips_path = _made_by(run.out / "curate" / "clips.jsonl", "curate")
+    source = _pair_source(run)
     files = [folder / f"r{r}.jsonl" for r in config.pairs.r]
     inputs = [
-        config.pairs, config.generation, config.video, config.seed, config.model.dtype, run.model_digest,
-        file_digest(clips_path), _digest_of(run.data.prompts),
+        config.pairs, config.generation, config.judge, config.video, config.seed, config.model.dtype, run.model_digest,
+        file_digest(source), _digest_of(run.data.prompts),
     ]  # fmt: skip
 
     def work() -> dict[str, Any]:
-        from tempo_fast.generation import make_engine
-        from tempo_fast.pairs.build import make_pairs
+        from tempo_fast.pairs.run import PairsJob
 
         foreign = [f for f in files if f.is_file()]
-        if foreign and not (folder / "captions.jsonl").is_file():
+        if foreign and not (folder / "parts").is_dir():
             raise InputError(
                 f"{foreign[0]}: was not made by this step and would be overwritten; "
                 "train on it with 'tempo-fast train', or move it away"
             )
-        clips = sorted(read_records(clips_path, Clips), key=lambda c: c.video)
-        bundle = None if config.generation.engine == "openai" else run.loaded(config.model.path)
-        engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
-        _, audit = make_pairs(
-            clips, engine, run.reader, config.pairs, folder, seed=config.seed, prompts=run.data.prompts
-        )
+        job = PairsJob(_pair_items(run), config.pairs, folder, *_engines(run), config.seed, run.data.prompts)
+        job.run(this_shard())
+        run.await_shards("pairs", lambda: [b.name for b in job.missing()])
+        audit = job.merge()
         return {
             "records": sum(audit["records"].values()),
             "pairs": sum(audit["pairs"].values()),
@@ -87,7 +85,32 @@ def pairs(run: Run) -> dict[str, Any]:
             "quarantined": audit["failed"],
         }
 
-    return run.step("pairs", inputs, work, outputs=lambda: [*files, folder / "audit.json"])
+    return run.step("pairs", inputs, work, outputs=lambda: [*files, folder / "audit.json"], collective=True)
+
+
+def _pair_source(run: Run) -> Path:
+    """The file whose rows pairs are made from."""
+    if run.config.pairs.method == "temple":
+        return _made_by(run.out / "curate" / "clips.jsonl", "curate")
+    if not run.data.questions:
+        raise InputError(f"data.questions: pairs.method {run.config.pairs.method} needs a file of questions")
+    return Path(run.data.questions)
+
+
+def _pair_items(run: Run) -> list[Any]:
+    from tempo_fast.pairs.items import clip_items, question_items
+
+    return (clip_items if run.config.pairs.method == "temple" else question_items)(_pair_source(run))
+
+
+def _engines(run: Run) -> tuple[Any, Any, Any]:
+    """(who answers, the reader of videos, the judge or None)."""
+    from tempo_fast.generation import make_engine, make_judge
+
+    config = run.config
+    bundle = None if config.generation.engine == "openai" else run.loaded(config.model.path)
+    engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
+    return engine, run.reader, make_judge(config.judge, config.seed)
 
 
 def _load_pairs(run: Run, r: int) -> list[PreferenceRecord]:
@@ -285,7 +308,8 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
     from tempo_fast.configio import save_config  # beside us: it knows the recipe's format, not the steps
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and config.train.engine != "deepspeed":
+    alone = set(steps) - set(SHARED)
+    if world > 1 and config.train.engine != "deepspeed" and alone:
         raise InputError(f"train.engine: torch runs one process and {world} were started; use deepspeed")
     run = Run(config, rank)
     with _terminable():
@@ -294,6 +318,9 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
             if rank == 0:
                 save_config(config, run.out / "config.yaml")
             for name in steps:
+                if name not in SHARED and this_shard().count > world:
+                    log.info("%s: runs in one job, not in parts; start it without the array", name)
+                    break
                 if name in ("eval", "report") and rank > 0:
                     continue  # the first rank alone does these, and nothing comes after them
                 if name == "eval" and not (run.data.eval_truth or run.data.eval_questions):
@@ -302,6 +329,8 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
                 _FUNCTIONS[name](run)
                 if run.stopped:
                     raise Interrupted(f"stopped after the step '{name}'; the same command resumes", run.stopped)
+        except Unfinished as e:
+            log.info("%s", e)
         except KeyboardInterrupt as e:
             raise Interrupted("interrupted; the same command resumes", 130) from e
     summary = summarize(run)

@@ -16,10 +16,18 @@ from tempo_fast import __version__
 from tempo_fast.config import RunConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, read_json, write_json
+from tempo_fast.runtime.shards import this_shard
 
 log = logging.getLogger("tempo_fast")
 
 STEPS = ("curate", "pairs", "reference", "train", "eval", "report")
+SHARED = ("curate", "pairs")
+"""Steps that several processes share without talking to one another (runtime.shards)."""
+_POLL_S = 1.0
+
+
+class Unfinished(Exception):
+    """This process's part of a shared step is done, and other processes' parts are not. Nothing is wrong."""
 
 
 @dataclass
@@ -148,13 +156,42 @@ class Run:
         if self.rank == 0:
             path.unlink(missing_ok=True)
         begin = time.perf_counter()
-        result = work()
+        try:
+            result = work()
+        except Unfinished:
+            if not self.rank:
+                raise
         if self.rank > 0:
             return self._wait(path, key)
         sizes = {os.path.relpath(f, self.out): f.stat().st_size for f in outputs() if f.is_file()}
         seconds = time.perf_counter() - begin
         write_json(path, {"inputs": key, "seconds": seconds, "outputs": sizes, "result": result})
         return result
+
+    def await_shards(self, name: str, missing: Callable[[], list[str]]) -> None:
+        """Return when nothing of a shared step is missing, in the process that has the rest to do.
+
+        Under ``torchrun`` the first rank waits for the others, which go on to wait for the step's result. Other
+        launchers' processes may start hours apart: the one that ends last goes on.
+
+        Raises:
+            Unfinished: it is not this process that goes on.
+        """
+        shard = this_shard()
+        if self.rank > 0:
+            raise Unfinished(f"{name}: part {shard.index} of {shard.count} is done")
+        left = missing()
+        together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if left and not together:
+            raise Unfinished(
+                f"{name}: part {shard.index} of {shard.count} is done, {len(left)} pieces of others are not; "
+                "the process that ends last, or the same command later, puts them together"
+            )
+        if left:
+            log.info("%s: waiting for %d pieces of other ranks", name, len(left))
+        while left:
+            time.sleep(_POLL_S)
+            left = missing()
 
     def _wait(self, path: Path, key: str) -> dict[str, Any]:
         """The first rank's result. (A rank that fails takes the job down: the launcher ends the others.)"""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tempo_fast.config import GenerationConfig
+from tempo_fast.config import GenerationConfig, JudgeConfig
 from tempo_fast.generation.base import Engine, Request, request_identity
 from tempo_fast.generation.cache import AnswerCache
 
-__all__ = ["AnswerCache", "Engine", "Request", "make_engine", "request_identity"]
+__all__ = ["AnswerCache", "Engine", "Request", "make_engine", "make_judge", "request_identity"]
 
 
 def make_engine(config: GenerationConfig, bundle: Any, reader: Any, features: Any, seed: int) -> Engine:
@@ -35,3 +35,23 @@ def make_engine(config: GenerationConfig, bundle: Any, reader: Any, features: An
     from tempo_fast.generation.openai_engine import OpenAIEngine
 
     return OpenAIEngine(config, reader, seed)
+
+
+def make_judge(config: JudgeConfig, seed: int) -> Engine | None:
+    """The judge model: greedy, text alone, behind its endpoint; None where there is no endpoint.
+
+    Raises:
+        InputError: the endpoint cannot be reached.
+    """
+    if not config.endpoint:
+        return None
+    from tempo_fast.generation.openai_engine import OpenAIEngine
+
+    settings = GenerationConfig(
+        engine="openai",
+        endpoint=config.endpoint,
+        model=config.model,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return OpenAIEngine(settings, None, seed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tempo_fast.generation import AnswerCache, Request
+from tempo_fast.generation import Request
+from tempo_fast.pairs.method import Ask
 from tempo_fast.prompts import AGGREGATE_PROMPT
 
 _CLIP = re.compile(r"\b(c)lip\s+([12])\b", re.IGNORECASE)
@@ -36,14 +37,14 @@ def aggregate_prompt(captions: Sequence[str]) -> str:
     return AGGREGATE_PROMPT.format(captions="\n".join(f"{i}. {c}" for i, c in enumerate(captions, 1)))
 
 
-def aggregate(how: str, captions: Sequence[Sequence[str]], cache: AnswerCache | None, desc: str = "") -> list[str]:
+def aggregate(how: str, captions: Sequence[Sequence[str]], ask: Ask | None, desc: str = "") -> list[str]:
     """One description per list of captions.
 
     Args:
-        how: ``template`` joins; ``model`` asks, and needs ``cache``.
+        how: ``template`` joins; ``model`` asks, and needs ``ask``.
         captions: clip captions in the order they are to be told.
     """
     if how == "template":
         return [join_captions(c) for c in captions]
-    assert cache is not None
-    return [" ".join(t.split()) for t in cache.answers([Request((), aggregate_prompt(c)) for c in captions], desc)]
+    assert ask is not None
+    return [" ".join(t.split()) for t in ask([Request((), aggregate_prompt(c)) for c in captions], desc)]

@@ -11,8 +11,9 @@ from typing import Any
 
 from tempo_fast.config import PairsConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation import AnswerCache, Request
+from tempo_fast.generation import Request
 from tempo_fast.pairs.aggregate import clean_caption
+from tempo_fast.pairs.method import Ask
 from tempo_fast.prompts import CLIP_PROMPT, WINDOW_PROMPT
 from tempo_fast.schema import Clips
 
@@ -33,14 +34,15 @@ def clip_plan(reader: Any, clips: Clips, index: int, clip_input: str) -> Any:
 
 
 class Captioner:
-    """Captions of windows, each asked once, kept in an append-only file.
+    """Captions of windows.
 
     Args:
+        ask: puts requests to the model (method.Ask).
         failed: videos that could not be read are appended here as {"video", "reason"} and left out.
     """
 
-    def __init__(self, reader: Any, config: PairsConfig, cache: AnswerCache, failed: list[dict[str, str]]) -> None:
-        self.reader, self.config, self.cache, self.failed = reader, config, cache, failed
+    def __init__(self, reader: Any, config: PairsConfig, ask: Ask, failed: list[dict[str, str]]) -> None:
+        self.reader, self.config, self._put, self.failed = reader, config, ask, failed
 
     def captions(self, jobs: Sequence[tuple[Clips, Sequence[int]]], desc: str) -> list[list[str] | None]:
         """Per (video, order): one caption per clip of the order, or None when the video cannot be read."""
@@ -59,7 +61,7 @@ class Captioner:
     ) -> list[list[str] | None]:
         """Answers per group of requests. When a video breaks, the others go on and it is put down as failed."""
         try:
-            texts = iter(self.cache.answers([r for group in groups if group for r in group], desc))
+            texts = iter(self._put([r for group in groups if group for r in group], desc))
             return [None if group is None else [next(texts) for _ in group] for group in groups]
         except InputError as e:
             if not any(v.video in str(e) for v in videos):
@@ -67,7 +69,7 @@ class Captioner:
         out: list[list[str] | None] = []
         for one, group in zip(videos, groups, strict=True):
             try:
-                out.append(None if group is None or self.is_failed(one) else self.cache.answers(group))
+                out.append(None if group is None or self.is_failed(one) else self._put(group, ""))
             except InputError as e:
                 if one.video not in str(e):
                     raise

@@ -34,6 +34,9 @@ class Shard:
         return number % self.count == self.index
 
 
+ALL = Shard()
+"""Everything: one process."""
+
 # (index, count, offset of the index) as launchers name them; the first whose variables are set decides
 _SOURCES = (
     ("RANK", "WORLD_SIZE", ""),
@@ -58,7 +61,7 @@ def this_shard(environ: Mapping[str, str] | None = None) -> Shard:
                 return _checked(int(env[index_name]) - first, int(env[count_name]))
             except ValueError as e:
                 raise InputError(f"{index_name}={env[index_name]}, {count_name}={env[count_name]}: {e}") from e
-    return Shard()
+    return ALL
 
 
 def parse_shard(text: str) -> Shard:

@@ -1,108 +1,31 @@
-"""Pairs from a scripted world: each clip has a number, and the engine says which clips it was shown."""
+"""TEMPLE's pairs from a scripted world."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import textwrap
 from collections import Counter
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_pairs import CONFIG, VIDEOS, ClipReader, Scripted, pairs_of, say, video
 
 from tempo_fast.config import PairsConfig, RunConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation import AnswerCache
 from tempo_fast.pairs.aggregate import clean_caption, join_captions
-from tempo_fast.pairs.build import make_pairs
 from tempo_fast.pairs.captions import Captioner, windows_of
 from tempo_fast.pairs.filters import coinciding, reject_reason
 from tempo_fast.pairs.spans import differing_spans
 from tempo_fast.perturb import EDITS
 from tempo_fast.prompts import CLIP_PROMPT, VIDEO_PROMPTS, WINDOW_PROMPT
-from tempo_fast.schema import Clip, Clips, PreferenceRecord, read_records
-
-THINGS = ["A red circle moves left.", "A blue ring grows.", "A green cross appears.", "A white square shrinks."]
+from tempo_fast.schema import PreferenceRecord, read_records
 
 
-@dataclass(frozen=True)
-class ClipPlan:
-    video: str
-    clips: tuple[int, ...]
-
-    @property
-    def key(self) -> str:
-        return f"{self.video}:{self.clips}"
-
-
-class ClipReader:
-    """Ten frames a clip, so that a frame number says its clip."""
-
-    def plan(self, path, indices=None):
-        if "gone" in path:
-            raise InputError(f"{path}: no such file")
-        return ClipPlan(path, tuple(i // 10 for i in indices))
-
-    def plan_range(self, path, start, end):
-        return ClipPlan(path, (start // 10,))
-
-    def plan_clips(self, path, ranges, blank=()):
-        shown = zip(ranges, blank or [False] * len(ranges), strict=True)
-        return ClipPlan(path, tuple(-1 if black else start // 10 for (start, _), black in shown))
-
-
-def say(clip: int) -> str:
-    return f"Event {clip}. {THINGS[clip % 4]}"
-
-
-class Scripted:
-    """Answers like a model that sees everything; records what it was asked."""
-
-    def __init__(self, name: str = "scripted") -> None:
-        self.name, self.asked = name, []
-
-    def provenance(self):
-        return {"engine": self.name, "model": "m0"}
-
-    def generate(self, requests, desc=""):
-        self.asked += requests
-        return [self._answer(r) for r in requests]
-
-    def _answer(self, r):
-        if any("broken" in p.video for p in r.plans):
-            raise InputError(f"{r.plans[0].video}: cannot be decoded")
-        if r.prompt == CLIP_PROMPT:
-            return say(r.plans[0].clips[0])
-        if r.prompt == WINDOW_PROMPT:
-            return f"In clip 1, things.\n\n{say(r.plans[1].clips[0])}"
-        if r.prompt in VIDEO_PROMPTS:
-            return " ".join(say(c) for c in r.plans[0].clips)
-        return "Told: " + " ".join(
-            line.split(". ", 1)[1] for line in r.prompt.splitlines() if re.match(r"\d+\. ", line)
-        )
-
-
-def video(name: str, n: int, groups=None) -> Clips:
-    groups = groups or list(range(n))
-    clips = [Clip(10 * i, 10 * i + 10, i, i + 1.0, g, [10 * i + 3, 10 * i + 6]) for i, g in enumerate(groups)]
-    return Clips(name, f"digest-{name}", 10 * n, float(n), [[c.start_frame, c.end_frame] for c in clips], groups, clips)
-
-
-CONFIG = PairsConfig(aggregate="template")
-VIDEOS = [video("a.mp4", 6), video("b.mp4", 17), video("c.mp4", 4)]
-
-
-def test_windows_and_captions(tmp_path):
+def test_windows_and_captions():
     assert windows_of([3, 0, 2]) == [(3,), (3, 0), (0, 2)]
     engine = Scripted()
-    captioner = Captioner(ClipReader(), CONFIG, AnswerCache(tmp_path / "c.jsonl", engine), [])
+    captioner = Captioner(ClipReader(), CONFIG, lambda requests, desc: engine.generate(requests), [])
     got = captioner.captions([(v, range(len(v.clips))) for v in VIDEOS], "captions")
     assert got == [[say(i) for i in range(len(v.clips))] for v in VIDEOS]
     shown = [[p.clips[0] for p in r.plans] for r in engine.asked[:6]]
@@ -132,7 +55,7 @@ def test_join():
 @pytest.mark.parametrize(("on", "answer"), [("captions", "windows"), ("frames", "windows"), ("frames", "video")])
 def test_records(tmp_path, on, answer):
     config = replace(CONFIG, perturb_on=on, frames_answer=answer)
-    records, audit = make_pairs(VIDEOS, Scripted(), ClipReader(), config, tmp_path, seed=3)
+    records, audit = pairs_of(VIDEOS, Scripted(), config, tmp_path, seed=3)
     assert sorted(records) == [2, 4, 8, 16]
     prompts = {}
     for r, rows in records.items():
@@ -172,7 +95,7 @@ def test_records(tmp_path, on, answer):
 def test_frames_mode_captions_the_perturbed_windows(tmp_path):
     engine = Scripted()
     config = replace(CONFIG, perturb_on="frames", kinds=["reverse"], r=[16], clip_input="frames")
-    make_pairs([VIDEOS[0]], engine, ClipReader(), config, tmp_path)
+    pairs_of([VIDEOS[0]], engine, config, tmp_path)
     shown = [tuple(p.clips[0] for p in r.plans) for r in engine.asked]
     assert shown == [(0,), *((i, i + 1) for i in range(5)), (5,), *((i, i - 1) for i in range(5, 0, -1))]
 
@@ -188,7 +111,7 @@ def test_video_answers_are_made_the_same_way_on_both_sides(tmp_path, instruction
     engine = Whole()
     config = replace(CONFIG, perturb_on="frames", frames_answer="video", instruction=instruction)
     many = [video(f"{i}.mp4", 6 + i) for i in range(4)]
-    records, _ = make_pairs(many, engine, ClipReader(), config, tmp_path)
+    records, _ = pairs_of(many, engine, config, tmp_path)
     assert sum(map(len, records.values())) >= 12
     whole = {v.video: tuple(range(len(v.clips))) for v in many}
     asked = {(r.prompt, r.plans[0].video, r.plans[0].clips) for r in engine.asked}
@@ -209,7 +132,7 @@ def test_whole_videos_are_edited_in_every_way_but_a_splice(tmp_path):
     config = replace(CONFIG, perturb_on="frames", frames_answer="video", kinds=kinds, max_length_ratio=9.0)
     RunConfig(pairs=config).validate()
     many = [video(f"{i}.mp4", 6 + i) for i in range(6)]
-    records, audit = make_pairs(many, Scripted(), ClipReader(), config, tmp_path)
+    records, audit = pairs_of(many, Scripted(), config, tmp_path)
     seen = Counter()
     for x in (x for rows in records.values() for record in rows for x in record.rejected):
         assert not x.blank or len(x.blank) == len(x.order)
@@ -235,7 +158,7 @@ def test_a_video_of_which_nothing_is_said_is_left_out(tmp_path):
 
     whole = replace(CONFIG, perturb_on="frames", frames_answer="video")
     for name, config in {"windows": CONFIG, "video": whole}.items():
-        records, audit = make_pairs(VIDEOS, Mute(), ClipReader(), config, tmp_path / name)
+        records, audit = pairs_of(VIDEOS, Mute(), config, tmp_path / name)
         assert {x.video for rows in records.values() for x in rows} == {"a.mp4", "c.mp4"}
         (failed,) = audit["failed"]
         assert failed["video"] == "b.mp4" and "no caption" in failed["reason"]
@@ -252,7 +175,7 @@ def test_texts_that_differ_in_white_space_alone_are_no_pair(tmp_path):
 
     config = replace(CONFIG, perturb_on="frames", kinds=["shuffle"])
     with pytest.raises(InputError, match="no pair is left"):
-        make_pairs(VIDEOS, Spaces(), ClipReader(), config, tmp_path)
+        pairs_of(VIDEOS, Spaces(), config, tmp_path)
     stats = json.loads((tmp_path / "audit.json").read_text())["stats"]
     assert all(row["shuffle"]["filtered"] == {"equal_to_chosen": 3} for row in stats.values())
 
@@ -270,7 +193,7 @@ def test_every_pair_carries_spans(tmp_path_factory, texts, on):
 
     config = replace(CONFIG, perturb_on=on, r=[8, 2], max_length_ratio=99.0)
     try:
-        records, _ = make_pairs(VIDEOS[:1], Says(), ClipReader(), config, tmp_path_factory.mktemp("spans"))
+        records, _ = pairs_of(VIDEOS[:1], Says(), config, tmp_path_factory.mktemp("spans"))
     except InputError:
         return
     for x in [x for rows in records.values() for x in rows]:
@@ -280,7 +203,7 @@ def test_every_pair_carries_spans(tmp_path_factory, texts, on):
 def test_per_pair_draws_an_instruction_for_each(tmp_path):
     many = [video(f"{i}.mp4", 8) for i in range(10)]
     config = replace(CONFIG, instruction="per_pair")
-    records, _ = make_pairs(many, Scripted(), ClipReader(), config, tmp_path)
+    records, _ = pairs_of(many, Scripted(), config, tmp_path)
     assert all(len(x.rejected) == 1 for rows in records.values() for x in rows)
     ids = [x.id for rows in records.values() for x in rows]
     assert len(set(ids)) == len(ids)
@@ -289,7 +212,7 @@ def test_per_pair_draws_an_instruction_for_each(tmp_path):
 
 def test_aggregated_by_the_model(tmp_path):
     engine = Scripted()
-    records, _ = make_pairs(VIDEOS[:1], engine, ClipReader(), replace(CONFIG, aggregate="model"), tmp_path)
+    records, _ = pairs_of(VIDEOS[:1], engine, replace(CONFIG, aggregate="model"), tmp_path)
     assert records[16][0].chosen == "Told: " + " ".join(say(i) for i in range(6))
     assert records[16][0].rejected[0].text.startswith("Told: ")
 
@@ -300,13 +223,13 @@ def test_identity_is_by_caption_or_by_scene(tmp_path):
             return "The same."
 
     with pytest.raises(InputError, match="no pair is left"):
-        make_pairs(VIDEOS, Same(), ClipReader(), replace(CONFIG, kinds=["shuffle", "reverse"]), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit.json", "captions.jsonl"]  # no file without records
+        pairs_of(VIDEOS, Same(), replace(CONFIG, kinds=["shuffle", "reverse"]), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers", "audit.json", "parts"]  # no file without records
     stats = json.loads((tmp_path / "audit.json").read_text())["stats"]
     assert all(s["filtered"] == {"identity": 3} for row in stats.values() for s in row.values())
     # frames: scenes a b c b a reversed are the same
     config = replace(CONFIG, perturb_on="frames", kinds=["reverse", "drop"], r=[16])
-    _, audit = make_pairs([video("p.mp4", 5, [0, 1, 2, 1, 0])], Scripted(), ClipReader(), config, tmp_path / "f")
+    _, audit = pairs_of([video("p.mp4", 5, [0, 1, 2, 1, 0])], Scripted(), config, tmp_path / "f")
     assert audit["stats"]["16"]["reverse"]["filtered"] == {"identity": 1}
 
 
@@ -335,14 +258,14 @@ def test_coinciding_stages():
 
 def test_a_bad_video_is_named_and_the_others_go_on(tmp_path):
     videos = [VIDEOS[0], video("broken.mp4", 5), video("gone.mp4", 5), VIDEOS[2]]
-    records, audit = make_pairs(videos, Scripted(), ClipReader(), CONFIG, tmp_path)
+    records, audit = pairs_of(videos, Scripted(), CONFIG, tmp_path)
     assert {f["video"] for f in audit["failed"]} == {"broken.mp4", "gone.mp4"}
     assert "decoded" in next(f["reason"] for f in audit["failed"] if f["video"] == "broken.mp4")
     assert {x.video for x in records[4]} == {"a.mp4", "c.mp4"}
     with pytest.raises(InputError, match="no pair is left"):
-        make_pairs(videos[1:3], Scripted(), ClipReader(), CONFIG, tmp_path / "none")
-    with pytest.raises(InputError, match="no curated video"):
-        make_pairs([], Scripted(), ClipReader(), CONFIG, tmp_path)
+        pairs_of(videos[1:3], Scripted(), CONFIG, tmp_path / "none")
+    with pytest.raises(InputError, match="no video to make pairs from"):
+        pairs_of([], Scripted(), CONFIG, tmp_path)
 
 
 def test_engine_trouble_is_not_a_videos_trouble(tmp_path):
@@ -351,67 +274,23 @@ def test_engine_trouble_is_not_a_videos_trouble(tmp_path):
             raise InputError("generation.endpoint: cannot be reached")
 
     with pytest.raises(InputError, match="endpoint"):
-        make_pairs(VIDEOS, Down(), ClipReader(), CONFIG, tmp_path)
+        pairs_of(VIDEOS, Down(), CONFIG, tmp_path)
 
 
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     rows = [{"video": "a.mp4", "prompt": "Own?"}, {"video": "", "prompt": "For all."}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    records, _ = make_pairs(VIDEOS, Scripted(), ClipReader(), CONFIG, tmp_path / "o", prompts=str(path))
+    records, _ = pairs_of(VIDEOS, Scripted(), CONFIG, tmp_path / "o", prompts=str(path))
     assert {x.video: x.prompt for x in records[4]} == {"a.mp4": "Own?", "b.mp4": "For all.", "c.mp4": "For all."}
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"video": "b.mp4"}))
     with pytest.raises(InputError, match=r"prompts\.jsonl:2: field 'prompt'"):
-        make_pairs(VIDEOS, Scripted(), ClipReader(), CONFIG, tmp_path / "o", prompts=str(path))
+        pairs_of(VIDEOS, Scripted(), CONFIG, tmp_path / "o", prompts=str(path))
 
 
 def test_seed_decides_everything(tmp_path):
     def run(name, seed):
-        make_pairs(VIDEOS, Scripted(), ClipReader(), CONFIG, tmp_path / name, seed=seed)
+        pairs_of(VIDEOS, Scripted(), CONFIG, tmp_path / name, seed=seed)
         return (tmp_path / name / "r4.jsonl").read_bytes()
 
     assert run("a", 1) == run("b", 1) != run("c", 2)
-
-
-CHILD = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import test_build as t
-from tempo_fast.generation import cache
-from tempo_fast.config import PairsConfig
-
-class Slow(t.Scripted):
-    calls = 0
-    def generate(self, requests, desc=""):
-        Slow.calls += 1
-        if Slow.calls > {calls}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().generate(requests)
-
-init = cache.AnswerCache.__init__
-cache.AnswerCache.__init__ = lambda self, path, engine, chunk=4: init(self, path, engine, chunk)
-t.make_pairs(t.VIDEOS, Slow(), t.ClipReader(), t.replace(t.CONFIG, perturb_on="frames"), {out!r}, seed=1)
-"""
-
-
-@pytest.mark.parametrize("calls", [0, 3, 11])
-def test_killed_and_resumed_is_byte_identical(tmp_path, calls):
-    """SIGKILL in the middle, half a line at the end, then again: the same bytes as in one go."""
-
-    def run(out: Path, calls: int) -> int:
-        here = str(Path(__file__).parent)
-        code = textwrap.dedent(CHILD).format(here=here, calls=calls, out=str(out))
-        return subprocess.run([sys.executable, "-c", code], env=os.environ.copy(), check=False).returncode
-
-    assert run(tmp_path / "whole", 10_000) == 0
-    cut = tmp_path / "cut"
-    assert run(cut, calls) == -signal.SIGKILL
-    assert not (cut / "audit.json").exists()
-    captions = cut / "captions.jsonl"
-    if captions.exists():
-        captions.write_bytes(captions.read_bytes()[:-7])
-    assert run(cut, 10_000) == 0
-    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
-    assert names == sorted(p.name for p in cut.iterdir())
-    for name in names:
-        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""Preference pairs from curated videos: captions, perturbations, descriptions, filters, records, audit.
+"""TEMPLE's pairs: captions of clips, perturbed, told as one description each.
 
 The chosen answer tells the clips in order; each rejected answer tells them perturbed, and both are made by the same
 procedure. Rules as coded by the TEMPLE authors (arXiv 2503.16929), with the switches ``perturb_on``, ``frames_answer``
@@ -12,19 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tempo_fast.config import PairsConfig
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest, write_json, write_jsonl
-from tempo_fast.generation import AnswerCache, Engine, Request
+from tempo_fast.files import digest
+from tempo_fast.generation import Request
 from tempo_fast.pairs.aggregate import aggregate
 from tempo_fast.pairs.captions import Captioner
-from tempo_fast.pairs.filters import Tally, coinciding, reject_reason
-from tempo_fast.pairs.prompts import PromptPool
+from tempo_fast.pairs.filters import reject_reason
+from tempo_fast.pairs.method import Context, Item, Part
 from tempo_fast.pairs.spans import differing_spans, union
 from tempo_fast.perturb import ClipOrder, perturb
 from tempo_fast.schema import Clips, PreferenceRecord, Rejected
-
-Records = dict[int, list[PreferenceRecord]]
 
 
 @dataclass
@@ -40,44 +37,12 @@ class _Draw:
     text: str | None = None
 
 
-def make_pairs(
-    videos: Sequence[Clips],
-    engine: Engine,
-    reader: Any,
-    config: PairsConfig,
-    out: str | Path,
-    *,
-    seed: int = 0,
-    prompts: str = "",
-) -> tuple[Records, dict[str, Any]]:
-    """Make one record per video and r (``instruction: per_video``) or per video, r and kind (``per_pair``).
-
-    Writes ``captions.jsonl`` (answers, append-only: what makes it resumable), ``audit.json`` and, when there is a pair,
-    ``r<r>.jsonl`` below ``out``. The same videos, engine, config and seed give the same bytes, interrupted or not.
-
-    Args:
-        videos: curated videos (schema.Clips).
-        engine: generation.Engine that captions.
-        reader: video.reader.VideoReader.
-        out: folder.
-        seed: of perturbations and instructions.
-        prompts: ``data.prompts``, see PromptPool.
-
-    Returns:
-        ({r: records}, audit), the audit as ``audit.json`` holds it: ``stats[str(r)][kind]`` with made, filtered, and
-        the means length_ratio (characters, rejected / chosen), similarity, broken and kept; ``coincide``; ``failed``.
-
-    Raises:
-        InputError: there is no video, no pair is left, a prompt is missing, or the engine fails.
-    """
-    out = Path(out)
-    videos = list(videos)[: config.max_videos or None]
-    if not videos:
-        raise InputError("pairs: there is no curated video to make pairs from")
-    failed: list[dict[str, str]] = []
-    cache = AnswerCache(out / "captions.jsonl", engine)
-    captioner = Captioner(reader, config, cache, failed)
-    pool = PromptPool(prompts)
+def make_temple(items: Sequence[Item], context: Context) -> Part:
+    """One record per video and r (``instruction: per_video``) or per video, r and kind (``per_pair``); see
+    method.Method."""
+    config, part = context.config, Part()
+    videos = [item.clips for item in items if item.clips is not None]
+    captioner = Captioner(context.reader, config, context.ask, part.failed)
 
     whole = config.perturb_on == "frames" and config.frames_answer == "video"
     clean: Sequence[list[str] | None] = [[] for _ in videos]
@@ -89,59 +54,37 @@ def make_pairs(
         for i in known
         for r in config.r
         for kind in config.kinds
-        for draw in [_draw(i, videos[i], clean[i] or [], kind, r, config, pool, seed)]
+        for draw in [_draw(i, videos[i], clean[i] or [], kind, r, context)]
     ]
     live = [d for d in draws if d.order is not None]
     if whole:
         _caption_whole(live, videos, captioner)
     else:
-        told = aggregate(config.aggregate, [clean[i] or [] for i in known], cache, "chosen")
+        told = aggregate(config.aggregate, [clean[i] or [] for i in known], context.ask, "chosen")
         chosen = dict(zip(known, told, strict=True))
         for draw in live:
             draw.chosen = chosen[draw.video]
-        _tell_perturbed(live, videos, clean, config, captioner)
+        _tell_perturbed(live, videos, clean, captioner, context)
 
-    tallies = {(r, kind): Tally() for r in config.r for kind in config.kinds}
-    provenance = {
-        "engine": engine.provenance(),
-        "seed": seed,
-        **{k: getattr(config, k) for k in ("perturb_on", "frames_answer", "clip_input", "aggregate", "instruction")},
-    }
-    records: Records = {r: [] for r in config.r}
-    for r in config.r:
-        for i in known:
-            mine = [d for d in draws if d.video == i and d.r == r]
-            groups = [mine] if config.instruction == "per_video" else [[d] for d in mine]
-            for group in groups:
-                record = _record(videos[i], group, config, tallies, provenance)
-                if record is not None:
-                    records[r].append(record)
-
-    audit = {
-        "videos": len(videos),
-        "failed": failed,
-        "records": {str(r): len(rows) for r, rows in records.items()},
-        "pairs": {str(r): sum(len(x.rejected) for x in rows) for r, rows in records.items()},
-        "coincide": coinciding([len(videos[i].clips) for i in known], config.r),
-        "stats": {str(r): {kind: tallies[r, kind].row() for kind in config.kinds} for r in config.r},
-    }
-    write_json(out / "audit.json", audit)
-    if not any(records.values()):
-        raise InputError(f"{out / 'audit.json'}: no pair is left of {len(videos)} videos, 'stats' and 'failed' say why")
-    for r, rows in records.items():
-        write_jsonl(out / f"r{r}.jsonl", rows)
-    return records, audit
+    by_video: dict[tuple[int, int], list[_Draw]] = {}
+    for draw in draws:
+        by_video.setdefault((draw.video, draw.r), []).append(draw)
+    for (i, _), mine in by_video.items():
+        for group in [mine] if config.instruction == "per_video" else [[d] for d in mine]:
+            record = _record(videos[i], group, context, part)
+            if record is not None:
+                part.records.append(record)
+    return part
 
 
-def _draw(
-    index: int, video: Clips, captions: list[str], kind: str, r: int, config: PairsConfig, pool: PromptPool, seed: int
-) -> _Draw:
+def _draw(index: int, video: Clips, captions: list[str], kind: str, r: int, context: Context) -> _Draw:
+    config, seed = context.config, context.seed
     # An order that leaves what is perturbed unchanged is no perturbation: captions, or scenes when clips are shown.
     labels: list[Any] = list(captions) if config.perturb_on == "captions" else [c.group for c in video.clips]
     own_seed = int(digest(["perturb", seed, video.digest])[:12], 16)
     key = [seed, video.digest] if config.instruction == "per_video" else [seed, video.digest, r, kind]
     order = perturb(kind, len(labels), r, own_seed, labels=labels)
-    return _Draw(index, kind, r, pool.draw(video.video, *key), order)
+    return _Draw(index, kind, r, context.prompts.draw(video.video, *key), order)
 
 
 def _caption_whole(draws: Sequence[_Draw], videos: Sequence[Clips], captioner: Captioner) -> None:
@@ -181,34 +124,29 @@ def _tell_perturbed(
     draws: Sequence[_Draw],
     videos: Sequence[Clips],
     clean: Sequence[list[str] | None],
-    config: PairsConfig,
     captioner: Captioner,
+    context: Context,
 ) -> None:
     """Fill in the rejected answers: captions of the windows in perturbed order, or the clean ones perturbed, told."""
     orders = [d.order.order if d.order else () for d in draws]
     told: list[list[str] | None]
-    if config.perturb_on == "frames":
+    if context.config.perturb_on == "frames":
         jobs = [(videos[d.video], order) for d, order in zip(draws, orders, strict=True)]
         told = captioner.captions(jobs, "perturbed clips")
     else:
         told = [[(clean[d.video] or [])[i] for i in order] for d, order in zip(draws, orders, strict=True)]
     usable = [(d, c) for d, c in zip(draws, told, strict=True) if c is not None]
-    texts = aggregate(config.aggregate, [c for _, c in usable], captioner.cache, "rejected")
+    texts = aggregate(context.config.aggregate, [c for _, c in usable], context.ask, "rejected")
     for (draw, _), text in zip(usable, texts, strict=True):
         draw.text = text
 
 
-def _record(
-    video: Clips,
-    draws: Sequence[_Draw],
-    config: PairsConfig,
-    tallies: dict[tuple[int, str], Tally],
-    provenance: dict[str, Any],
-) -> PreferenceRecord | None:
+def _record(video: Clips, draws: Sequence[_Draw], context: Context, part: Part) -> PreferenceRecord | None:
+    config = context.config
     rejected: list[Rejected] = []
     chosen = ""
     for draw in draws:
-        tally = tallies[draw.r, draw.kind]
+        tally = part.tally(draw.r, draw.kind)
         if draw.order is None:
             tally.filtered["identity"] += 1
             continue
@@ -243,5 +181,5 @@ def _record(
         rejected=rejected,
         r=draws[0].r,
         spans=union(x.chosen_spans for x in rejected),
-        provenance={**provenance, "video_digest": video.digest, "clips": len(video.clips)},
+        provenance={**context.provenance, "video_digest": video.digest, "clips": len(video.clips)},
     )

@@ -60,9 +60,9 @@ class RRPOPairsConfig:
 @dataclass
 class LeanPOPairsConfig:
     hints: bool = True
-    """The first turn of the chosen answer is told the reference answer."""
+    """The chosen answer is told the reference answer as a hint."""
     reflection: bool = True
-    """A second turn improves the first; false keeps the first."""
+    """A second answer improves the first, which it is shown, by the reference; false keeps the first."""
     frames: list[int] = field(default_factory=lambda: [1, 2])
     """Frames the rejected answer sees, drawn per video from these numbers."""
     augment: bool = True
@@ -70,19 +70,28 @@ class LeanPOPairsConfig:
     temperature: float = 1.0
     """Of chosen and rejected answers."""
     top_p: float = 0.9
-    """Of chosen and rejected answers."""
+    """Of chosen answers."""
+    rejected_top_p: float = 1.0
+    """Of rejected answers."""
+    metric: str = "rouge_l"
+    """Score of both answers against the reference, kept on the record; as pairs.mdpo.metric."""
 
 
 @dataclass
 class MDPOPairsConfig:
     samples: int = 3
-    """Answers drawn per question; the best and the worst make the pair."""
+    """Answers drawn per question."""
     metric: str = "rouge_l"
-    """Score of an answer against the reference, 0 to 100: a name of tempo_fast.pairs.metrics, or module:function."""
+    """Score of an answer against the reference, 0 to 100: correct (by the rules for choices, yes and no, and short
+    answers), tiou (of time ranges), rouge_l, meteor (extra ``metrics``), cider_d, or module:function, which is called
+    with the answer and its QARecord."""
     min_gap: float = 10.0
-    """A pair is kept where best and worst are at least so many points apart."""
-    temperature: float = 1.0
-    """Of the samples."""
+    """A pair is kept where its answers are at least so many points apart."""
+    pairs: Literal["best_worst", "all"] = "best_worst"
+    """``best_worst``: one pair per question; ``all``: every two samples so far apart (VidChain), a record for each
+    chosen one."""
+    temperature: float = 0.8
+    """Of the samples (VidChain's)."""
 
 
 @dataclass
@@ -92,8 +101,8 @@ class SelectConfig:
     metric: str = "correct"
     """Reward of a sample, as pairs.mdpo.metric."""
     min_std: float = 0.0
-    """Questions whose reward has a standard deviation above this over the samples are kept (Temporal-RLT keeps those
-    that vary at all)."""
+    """Questions whose reward has a standard deviation above this over the samples, in points of 100, are kept
+    (Temporal-RLT keeps those that vary at all)."""
     temperature: float = 1.0
     """Of the samples."""
 
@@ -174,6 +183,7 @@ def check_pairs(p: PairsConfig) -> None:
     frames = bool(lean.frames) and min(lean.frames) >= 1
     require(frames, "pairs.leanpo.frames", "a list of numbers from 1", lean.frames)
     require(0 < lean.top_p <= 1, "pairs.leanpo.top_p", "in (0, 1]", lean.top_p)
+    require(0 < lean.rejected_top_p <= 1, "pairs.leanpo.rejected_top_p", "in (0, 1]", lean.rejected_top_p)
     require(most.samples >= 2, "pairs.mdpo.samples", "2 or more", most.samples)
     require(0 <= most.min_gap <= 100, "pairs.mdpo.min_gap", "in 0..100", most.min_gap)
     require(select.samples == 0 or select.samples >= 2, "pairs.select.samples", "0, or 2 or more", select.samples)

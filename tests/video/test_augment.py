@@ -60,9 +60,9 @@ def test_crop_grey_and_flip_as_torchvision(torchvision):
 @pytest.mark.parametrize(
     ("what", "by", "most", "mean"),
     [
-        ("brightness", ImageEnhance.Brightness, 1, 0.5),
-        ("contrast", ImageEnhance.Contrast, 2, 0.5),  # PIL rounds the mean grey to a whole number
-        ("saturation", ImageEnhance.Color, 2, 0.5),
+        ("brightness", ImageEnhance.Brightness, 0, 0),
+        ("contrast", ImageEnhance.Contrast, 1, 0.5),  # PIL rounds the mean grey to a whole number
+        ("saturation", ImageEnhance.Color, 1, 0.25),
     ],
 )
 def test_colours_as_pil(what, by, most, mean):
@@ -83,7 +83,7 @@ def test_hue_as_pil():
         hsv[..., 0] += np.array(round(amount * 255) % 256).astype(np.uint8)
         theirs = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB")).astype(int)
         d = np.abs(theirs - steps.hue(x, amount)[0].numpy())
-        assert d.max() <= 12 and d.mean() < 2.5
+        assert d.max() <= 8 and d.mean() < 1
 
 
 def test_blur_as_pil():
@@ -92,7 +92,7 @@ def test_blur_as_pil():
     for sigma in (0.7, 1.3, 2.0):
         theirs = [np.asarray(Image.fromarray(f.numpy()).filter(ImageFilter.GaussianBlur(sigma))) for f in x]
         d = np.abs(np.stack(theirs).astype(int) - blur(x, sigma).numpy())[:, 6:-6, 6:-6]
-        assert d[0].max() <= 24 and d[0].mean() < 4 and d[1].mean() < 1.5
+        assert d[0].max() <= 16 and d[0].mean() < 4 and d[1].max() <= 2  # noise, soft colours
 
 
 def test_every_frame_is_done_alike_and_alone():

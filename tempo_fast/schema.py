@@ -160,15 +160,16 @@ T = TypeVar("T")
 
 
 def read_records(path: str | Path, cls: type[T]) -> list[T]:
-    """Read JSON lines as ``cls``; unknown keys are ignored, so that files may carry more than we need.
+    """All of ``iter_records``."""
+    return list(iter_records(path, cls))
+
+
+def iter_records(path: str | Path, cls: type[T]) -> Iterator[T]:
+    """JSON lines as ``cls``, one at a time; unknown keys are ignored, so that files may carry more than we need.
 
     Raises:
         InputError: naming file, line and field, when a required field is missing, empty or of the wrong type.
     """
-    return list(_parse(path, cls))
-
-
-def _parse(path: str | Path, cls: type[T]) -> Iterator[T]:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     required = [
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -146,13 +146,23 @@ class VideoReader:
         self, path: str | os.PathLike[str], order: Sequence[int], blank: Sequence[bool] = ()
     ) -> FramePlan:
         """Plan the sampled frames of a whole file in another order: ``order`` holds places among them, ``blank`` says
-        which of the shown ones are black. Timestamps stay those of the places, so that they do not give it away."""
+        which of the shown ones are black.
+
+        Timestamps stay those of the places, from the first on, so that they do not give it away. Fewer frames than
+        sampled may be larger, as the pixel budget has it.
+
+        Raises:
+            InputError: an order that is empty, longer than the sampled frames or not of them, or another number of
+                blanks.
+        """
         plan = self.plan(path)
-        if len(order) > len(plan.indices) or not all(0 <= k < len(plan.indices) for k in order):
-            raise InputError(f"{plan.path}: an order of {len(order)} for {len(plan.indices)} sampled frames")
+        n = len(plan.indices)
+        if not 0 < len(order) <= n or not all(0 <= k < n for k in order) or len(blank) not in (0, len(order)):
+            told = f"an order of {len(order)} and {len(blank)} blanks for {n} sampled frames"
+            raise InputError(f"{plan.path}: {told}, or places that are not among them")
         shown = tuple(plan.indices[k] for k in order)
-        if len(shown) < len(plan.indices):  # fewer frames: another size, and times of their own
-            plan = self._make(probe(path), shown, self._even_times(len(shown)), self.config.fps)
+        if len(shown) < n:
+            plan = self._make(probe(path), shown, plan.timestamps[: len(shown)], plan.fps)
         return replace(plan, indices=shown, blank=tuple(blank) if any(blank) else ())
 
     def plan_sparse(self, path: str | os.PathLike[str], n_frames: int, augment_seed: int | None = None) -> FramePlan:

@@ -52,9 +52,10 @@ class JudgeConfig:
 class RRPOPairsConfig:
     chosen: Literal["reference", "model"] = "reference"
     """``reference``: the answer of data.questions; ``model``: the model's own about the clean video where it is
-    correct."""
-    max_spans: int = 0
-    """Longest list of key phrases of an answer; 0 is no limit."""
+    right."""
+    rejected: Literal["model", "rewritten"] = "model"
+    """Of open questions: ``model``, its own wrong answer; ``rewritten``: the judge writes the chosen answer again with
+    what the wrong answer says otherwise, as the authors do (docs/DATA.md), so that the two differ in little else."""
 
 
 @dataclass

@@ -76,8 +76,8 @@ def pairs(run: Run) -> dict[str, Any]:
             )
         job = PairsJob(_pair_items(run), config.pairs, folder, *_engines(run), config.seed, run.data.prompts)
         job.run(this_shard())
-        run.await_shards("pairs", lambda: [b.name for b in job.missing()])
-        audit = job.merge()
+        run.await_shards("pairs", lambda: [b.name for b in job.parts.missing()])
+        audit = job.parts.merge()
         return {
             "records": sum(audit["records"].values()),
             "pairs": sum(audit["pairs"].values()),

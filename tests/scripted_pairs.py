@@ -29,6 +29,8 @@ class ClipPlan:
 class ClipReader:
     """Ten frames a clip, so that a frame number says its clip."""
 
+    settings = "ten frames a clip"
+
     def plan(self, path, indices=None):
         if "gone" in path:
             raise InputError(f"{path}: no such file")

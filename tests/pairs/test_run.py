@@ -21,7 +21,8 @@ from scripted_pairs import CONFIG, ClipReader, Scripted, items_of, pairs_of, vid
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, file_digest
 from tempo_fast.pairs.method import Item
-from tempo_fast.pairs.run import Bucket, PairsJob, make_buckets
+from tempo_fast.pairs.parts import Bucket, make_buckets
+from tempo_fast.pairs.run import PairsJob
 from tempo_fast.runtime.shards import Shard
 from tempo_fast.schema import PreferenceRecord, read_records
 
@@ -65,12 +66,12 @@ def test_a_bucket_knows_its_kin_of_other_sizes(bits, other, draw):
 def test_any_number_of_processes_gives_the_same_bytes(tmp_path, count):
     whole = job(tmp_path / "whole")
     whole.run()
-    audit = whole.merge()
+    audit = whole.parts.merge()
     shards = [job(tmp_path / "shards") for _ in range(count)]
     for k in random.Random(count).sample(range(count), count):
-        assert shards[k].missing() or count > len(whole.buckets)
+        assert shards[k].parts.missing() or count > len(whole.parts.buckets)
         shards[k].run(Shard(k, count))
-    assert shards[0].missing() == [] and shards[-1].merge() == audit
+    assert shards[0].parts.missing() == [] and shards[-1].parts.merge() == audit
     assert result(tmp_path / "shards") == result(tmp_path / "whole")
     # and one bucket of all of them, since this engine does not mind its company
     pairs_of(MANY, Scripted(), CONFIG, tmp_path / "one")
@@ -97,7 +98,7 @@ def test_a_missing_bucket_is_not_passed_over(tmp_path):
     one = job(tmp_path)
     one.run(Shard(0, 2))
     with pytest.raises(InputError, match="not there yet"):
-        one.merge()
+        one.parts.merge()
     assert not (tmp_path / "audit.json").exists()
 
 
@@ -112,6 +113,11 @@ def test_done_buckets_are_not_asked_again_and_changed_ones_are(tmp_path):
         pairs_of(MANY, again, config, tmp_path, seed=seed)
         assert again.asked == []
     assert result(tmp_path) != before
+    # a reader that shows other frames makes all of them anew
+    reader = ClipReader()
+    reader.settings = "other frames"
+    one = PairsJob(items_of(MANY), SMALL, tmp_path, again, reader)
+    assert len(one.parts.missing()) == len(one.parts.buckets)
     # a part that was damaged is made again
     part = next((tmp_path / "parts").iterdir())
     part.write_bytes(part.read_bytes()[1:])
@@ -122,12 +128,12 @@ def test_done_buckets_are_not_asked_again_and_changed_ones_are(tmp_path):
 def test_more_videos_split_buckets_and_keep_their_answers(tmp_path):
     few = job(tmp_path, MANY[:12], replace(SMALL, bucket_videos=12))
     few.run()
-    few.merge()
+    few.parts.merge()
     more = Scripted()
     both = job(tmp_path, engine=more)
-    assert len(both.buckets) > len(few.buckets) == 1
+    assert len(both.parts.buckets) > len(few.parts.buckets) == 1
     both.run()
-    both.merge()
+    both.parts.merge()
     asked = {r.plans[-1].video for r in more.asked}
     assert {v.video for v in MANY[12:]} <= asked
     pairs_of(MANY, Scripted(), SMALL, tmp_path / "fresh")
@@ -160,8 +166,8 @@ videos = [s.video(f"{{i:02d}}.mp4", 4 + i % 9) for i in range(12)]
 job = PairsJob(s.items_of(videos), config, __import__("pathlib").Path({out!r}), Slow(), s.ClipReader(), seed=1)
 print("ready", flush=True)
 job.run(Shard({index}, {count}))
-if not job.missing():
-    job.merge()
+if not job.parts.missing():
+    job.parts.merge()
     print("merged", flush=True)
 """
 

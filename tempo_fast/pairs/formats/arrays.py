@@ -23,31 +23,36 @@ def read_array(f: BinaryIO) -> Iterator[tuple[str, Any]]:
     is looked for; all between counts as one element.
     """
     text = _Text(f)
-    text.skip(1)
-    first = True
+    text.at += 1
+    if text.peek() == "]":
+        text.at += 1
+        yield from _rest(text)
+        return
     while True:
-        if text.peek() == "]":
-            text.skip(1)
-            if text.peek():
-                yield "text after the end of the array", ValueError()
-            return
-        if not first:
-            if text.peek() != ",":
-                reason = "the array has no end" if not text.peek() else "expected ',' after an element"
-                yield reason, ValueError()
-                if not text.resync():
-                    return
-            else:
-                text.skip(1)
-        first = False
         text.peek()
         try:
-            yield text.element()
+            element = text.element()
+            after = text.peek()
+            if after not in ("", ",", "]"):
+                raise ValueError(f"expected ',' after it, found {after!r}")
+            yield element
         except (ValueError, RecursionError) as e:
             yield f"not valid JSON ({e})", ValueError()
             if not text.resync():
                 return
-            first = True  # its comma has been read
+            continue
+        text.at += 1
+        if after == "]":
+            yield from _rest(text)
+            return
+        if not after:
+            yield "not valid JSON (the array has no end)", ValueError()
+            return
+
+
+def _rest(text: _Text) -> Iterator[tuple[str, Any]]:
+    if text.peek():
+        yield "not valid JSON (more after the end of the array)", ValueError()
 
 
 class _Text:
@@ -78,9 +83,6 @@ class _Text:
             if not self.more():
                 return ""
 
-    def skip(self, n: int) -> None:
-        self.at += n
-
     def element(self) -> tuple[str, Any]:
         """Read one value. Raises ValueError for a broken one and leaves the window at its beginning."""
         while True:
@@ -100,7 +102,6 @@ class _Text:
 
     def resync(self) -> bool:
         """Go to the next object after a comma that looks like a row. False when there is none."""
-        self.at += 1
         while True:
             match = _NEXT.search(self.buffer, self.at)
             if match is None:
@@ -112,7 +113,6 @@ class _Text:
             try:
                 text, value = self.element()
             except (ValueError, RecursionError):
-                self.at += 1
                 continue
             if isinstance(value, dict) and _MARKS & value.keys():
                 self.at -= len(text)

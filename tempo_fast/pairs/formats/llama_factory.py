@@ -5,14 +5,15 @@ Written: ``conversations`` with ``from`` and ``value``, ``chosen`` and ``rejecte
 tag <video> first in the prompt, which must hold as many tags as there are videos. ``dataset_info`` is the entry that
 LLaMA-Factory wants in its dataset_info.json.
 
-Read: that, and the same under OpenAI's names (``messages``, ``role``, ``content``); a ``system`` column is extra.
+Read: that; the same under OpenAI's names (``messages``, ``role``, ``content``); the alpaca form, whose prompt is
+``instruction``, a line feed and ``input``. A ``system`` column is extra.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tempo_fast.pairs.formats.rows import VIDEO_TAG, ForeignRow, Layout, Pair, Row, answer_text, turns_of
+from tempo_fast.pairs.formats.rows import VIDEO_TAG, ForeignRow, Layout, Pair, Row, RowError, answer_text, turns_of
 from tempo_fast.schema import PreferenceRecord, Rejected
 
 
@@ -33,6 +34,12 @@ def _write(record: PreferenceRecord, rejected: Rejected, extra: Row) -> Row:
 
 
 def _read(row: ForeignRow) -> Pair:
+    if "instruction" in row.row:
+        if row.row.get("history"):
+            raise RowError("history", "holds earlier turns; one is supported")
+        text = "\n".join([row.text("instruction"), *([row.text("input")] if row.row.get("input") else [])])
+        video = row.video("videos")
+        return Pair(video, row.prompt("instruction", text, video), row.text("chosen"), row.text("rejected"))
     field, keys = "conversations", ("from", "value")
     if field not in row.row and "messages" in row.row:
         field, keys = "messages", ("role", "content")
@@ -42,12 +49,18 @@ def _read(row: ForeignRow) -> Pair:
     return Pair(video, row.prompt(field, turn.tagged, video), chosen, rejected)
 
 
+def _claims(row: Row) -> bool:
+    if "instruction" in row:
+        return "chosen" in row and "prompt" not in row
+    return isinstance(row.get("chosen"), dict) and ("conversations" in row or "messages" in row)
+
+
 _MESSAGE = {"from": str, "value": str}
 LLAMA_FACTORY = Layout(
     name="llama-factory",
-    columns=frozenset({"conversations", "messages", "chosen", "rejected", "videos"}),
+    columns=frozenset({"conversations", "messages", "instruction", "input", "history", "chosen", "rejected", "videos"}),
     id_column="",
-    claims=lambda row: isinstance(row.get("chosen"), dict) and ("conversations" in row or "messages" in row),
+    claims=_claims,
     write=_write,
     read=_read,
     tags=(VIDEO_TAG, "<image>", "<audio>"),

@@ -15,11 +15,10 @@ from tempo_fast.pairs.formats import native
 from tempo_fast.pairs.formats.containers import read_rows
 from tempo_fast.pairs.formats.grouping import Leaf, adjacent, everywhere
 from tempo_fast.pairs.formats.layouts import FORMATS, LAYOUTS, known
-from tempo_fast.pairs.formats.rows import EXTRA, OWN, ForeignRow, Layout, Problem, Row, RowError
+from tempo_fast.pairs.formats.rows import EXTRA, OWN, ForeignRow, Layout, Problem, Report, Row, RowError, own_of, to_log
 from tempo_fast.schema import PreferenceRecord
 
 log = logging.getLogger(__name__)
-Report = Callable[[Problem], object]
 PEEK = 1000
 
 
@@ -38,7 +37,7 @@ class Reader:
             known(fmt)
         self.path, self.r, self.group = path, r, group
         self.strict = problems is None
-        self.report = problems or log.warning
+        self.report = to_log(log) if problems is None else problems
         self.rows = self.skipped = 0
         self.found = read_rows(path)
         self.fmt = self._told() if fmt == "auto" else fmt
@@ -126,6 +125,12 @@ class Reader:
 
 def detect(row: Row) -> str:
     """The format that a row looks like; empty when none."""
+    try:
+        said = (own_of(row) or {}).get("format")
+    except RowError:
+        said = None
+    if said in LAYOUTS:
+        return str(said)
     if native.claims(row):
         return "native"
     return next((name for name, layout in LAYOUTS.items() if layout.claims(row)), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ EXTRA = "extra"
 not know (scores, margins, sources, ids). Absent where no row had any."""
 
 VIDEO_TAG = "<video>"
-_OTHER_MEDIA = ("images", "image", "audios", "audio", "rejected_images", "rejected_audios")
+OTHER_MEDIA = ("images", "image", "audios", "audio", "rejected_images", "rejected_audios")
 
 
 class RowError(Exception):
@@ -62,6 +63,25 @@ class Pair:
     rejected: str
     chosen_spans: list[Span] | None = None
     rejected_spans: list[Span] | None = None
+
+
+Report = Callable[[Problem], object]
+"""Takes each problem as it is found."""
+
+
+def to_log(log: logging.Logger, most: int = 20) -> Report:
+    """A report that warns of the first problems, and once that there are more."""
+    count = 0
+
+    def report(problem: Problem) -> None:
+        nonlocal count
+        count += 1
+        if count <= most:
+            log.warning("%s", problem)
+        elif count == most + 1:
+            log.warning("%s: more are not listed", problem.path)
+
+    return report
 
 
 def text_of(row: Mapping[str, Any], name: str, at: str = "") -> str:
@@ -114,7 +134,7 @@ class ForeignRow:
 
     def __init__(self, row: Row) -> None:
         self.row = row
-        self.own = _own_of(row)
+        self.own = own_of(row)
         self.notes: list[tuple[str, str]] = []
         self.extra: Row = {}
 
@@ -129,7 +149,7 @@ class ForeignRow:
 
         Raises RowError for several videos, frames or bytes in their place, and images or sound beside them.
         """
-        for name in _OTHER_MEDIA:
+        for name in OTHER_MEDIA:
             if self.row.get(name):
                 raise RowError(name, "holds images or sound, which a record has no field for")
         paths = list(inline)
@@ -177,7 +197,8 @@ class ForeignRow:
         return turns[0]
 
 
-def _own_of(row: Row) -> Row | None:
+def own_of(row: Row) -> Row | None:
+    """What our column holds. Raises RowError where it is not ours."""
     own = row.get(OWN)
     if isinstance(own, str):
         try:
@@ -221,7 +242,9 @@ def turn_of(message: Row, at: str, role: str = "role", content: str = "content")
     videos: list[str] = []
     for part in body:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = None
+        if isinstance(part, dict):
+            kind = part.get("type") or next((k for k in ("video", "text") if k in part), None)
         if kind == "text":
             texts.append(str(part.get("text") or ""))
             tagged.append(texts[-1])

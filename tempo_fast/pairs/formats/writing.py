@@ -12,11 +12,10 @@ from tempo_fast.errors import InputError
 from tempo_fast.files import new_folder, write_atomic
 from tempo_fast.pairs.formats import native
 from tempo_fast.pairs.formats.layouts import LAYOUTS, known
-from tempo_fast.pairs.formats.rows import EXTRA, OWN, Layout, Problem, Row, dumps
+from tempo_fast.pairs.formats.rows import EXTRA, OTHER_MEDIA, OWN, Layout, Problem, Report, Row, dumps, to_log
 from tempo_fast.schema import PreferenceRecord
 
 log = logging.getLogger(__name__)
-Report = Callable[[Problem], object]
 
 
 def write_pairs(
@@ -38,7 +37,7 @@ def write_pairs(
         InputError: the format or suffix is not known, the folder exists, or the file cannot be written.
     """
     known(fmt)
-    report = problems or log.warning
+    report = to_log(log) if problems is None else problems
     schema = native.SCHEMA if fmt == "native" else {**LAYOUTS[fmt].schema, OWN: str}
     rows = _native(records) if fmt == "native" else _foreign(str(path), records, LAYOUTS[fmt], report)
     name = str(path)
@@ -98,6 +97,7 @@ def _native(records: Iterable[PreferenceRecord]) -> Iterator[Row]:
 
 
 def _foreign(path: str, records: Iterable[PreferenceRecord], layout: Layout, report: Report) -> Iterator[Row]:
+    hidden = {OWN, *layout.columns, *OTHER_MEDIA}  # columns that would say something else about the row
     for number, record in enumerate(records, 1):
         texts = {"prompt": [record.prompt], "chosen": [record.chosen], "rejected": [x.text for x in record.rejected]}
         for name, found in texts.items():
@@ -112,7 +112,12 @@ def _foreign(path: str, records: Iterable[PreferenceRecord], layout: Layout, rep
         for rejected, extra in zip(record.rejected, extras, strict=True):
             row = layout.write(record, rejected, extra)
             answer = {k: v for k, v in vars(rejected).items() if k != "text"}
-            own = {"id": record.id, "record": about, "rejected": answer, **({EXTRA: extra} if extra else {})}
+            own = {
+                "format": layout.name,
+                "id": record.id,
+                "record": about,
+                "rejected": answer,
+                **({EXTRA: extra} if extra else {}),
+            }
             row[OWN] = dumps(own)
-            beside = {k: v for k, v in extra.items() if k not in row and k not in layout.columns}
-            yield {**row, **beside}
+            yield {**row, **{k: v for k, v in extra.items() if k not in hidden and k not in row}}

@@ -74,7 +74,7 @@ def record_card(run: RunFiles, record: PreferenceRecord, sheet: Sheet, most: int
     else:
         try:
             names = [sheet.add(jpeg) for jpeg in thumbnails(clips)]
-            shape = _shape(clips)
+            shape = aspect(clips)
         except InputError as e:
             note = str(e)
     n = len(names) or max([1, *(max(x.order, default=0) + 1 for x in record.rejected)])
@@ -99,7 +99,8 @@ def find_clips(run: RunFiles, video: str) -> Clips | None:
     return next((c for v, c in run.clips.items() if os.path.realpath(v) == wanted), None)
 
 
-def _shape(clips: Clips) -> str:
+def aspect(clips: Clips) -> str:
+    """Width over height, as CSS writes it. Raises InputError when the video cannot be read."""
     from tempo_fast.video.probe import probe
 
     info = probe(clips.video)
@@ -122,19 +123,40 @@ def _row(
     picked = range(len(order))
     if len(order) > most:
         picked = sorted({round(i * (len(order) - 1) / (most - 1)) for i in range(most)})  # type: ignore[assignment]
+    cut = f"; {len(picked)} of {len(order)} clips shown" if len(picked) < len(order) else ""
+    body = "" if told else f"<p class='answer'>{mark(text, spans)}</p>"
+    return (
+        f'<div class="strip {kind}"><h5><em>{kind}</em> {escape(detail)}{cut}</h5>'
+        f"{film(kind, names, order, shape, blank, told, picked)}{body}</div>"
+    )
+
+
+def film(
+    kind: str,
+    names: Sequence[str],
+    order: Sequence[int],
+    shape: str,
+    blank: Sequence[bool] = (),
+    told: Sequence[str] = (),
+    picked: Sequence[int] | None = None,
+) -> str:
+    """Clips as an ordered list: a picture each, black where blank, its place in the video, and what is told of it.
+
+    Args:
+        kind: ``chosen``, or a perturbation; clips that a shuffle or reverse moved get a coloured edge.
+        names: CSS classes of the video's clips; clips beyond them are grey.
+        order: which clips are shown.
+        shape: see ``aspect``.
+        picked: places in ``order`` to show, if not all.
+    """
     frames = []
-    for i in picked:
+    for i in range(len(order)) if picked is None else picked:
         name = "blank" if blank and blank[i] else names[order[i]] if order[i] < len(names) else ""
         picture = f'<i class="{name}" style="aspect-ratio:{shape}"></i>' if name else "<i></i>"
         moved = "" if kind in ("chosen", "drop") or order[i] == i else " moved"
         caption = f"<span>{escape(told[i])}</span>" if told else ""
         frames.append(f'<li class="{moved.strip()}">{picture}<b>{order[i] + 1}</b>{caption}</li>')
-    cut = f"; {len(picked)} of {len(order)} clips shown" if len(picked) < len(order) else ""
-    body = "" if told else f"<p class='answer'>{mark(text, spans)}</p>"
-    return (
-        f'<div class="strip {kind}"><h5><em>{kind}</em> {escape(detail)}{cut}</h5>'
-        f'<ol tabindex="0" aria-label="{kind}">{"".join(frames)}</ol>{body}</div>'
-    )
+    return f'<ol tabindex="0" aria-label="{escape(kind)}">{"".join(frames)}</ol>'
 
 
 def mark(text: str, spans: Sequence[Sequence[int]]) -> str:

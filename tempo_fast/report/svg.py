@@ -139,12 +139,15 @@ class Mark:
     hi: float = 0.0
 
 
-def interval_chart(name: str, marks: Sequence[Mark], *, rule: float | None = None) -> str:
-    """A dot with its interval per row, its value to the right; ``rule`` is a dashed line, such as chance."""
+def interval_chart(
+    name: str, marks: Sequence[Mark], *, rule: float | None = None, bounds: tuple[float, float] | None = None
+) -> str:
+    """A dot with its interval per row, its value to the right; ``rule`` is a dashed line, such as chance; ``bounds``
+    are the ends of the axis, by default the data's."""
     left, right, top, row = 92, 52, 6, 24
     known = [m for m in marks if m.value is not None]
     ends = [x for m in known for x in (m.lo, m.hi, m.value or 0.0)] + ([rule] if rule is not None else [])
-    x0, x1 = min(ends), max(ends)
+    x0, x1 = bounds or (min(ends), max(ends))
     pad = max((x1 - x0) * 0.06, 0.01)
     x0, x1 = x0 - pad, x1 + pad
     height = top + row * len(marks) + 24

@@ -170,6 +170,32 @@ class VideoReader:
             plan = self._make(probe(path), shown, plan.timestamps[: len(shown)], plan.fps)
         return replace(plan, indices=shown, blank=tuple(blank) if any(blank) else ())
 
+    def plan_sparse(self, path: str | os.PathLike[str], n_frames: int, augment_seed: int | None = None) -> FramePlan:
+        """Plan few frames of a whole file: ``n_frames`` of the sampled ones, evenly from the first to the last (the first
+        alone), as LeanPO takes them.
+
+        With a seed they are augmented (``video.augment``) to squares as large as the whole frames would be, in pixels.
+        """
+        if n_frames < 1:
+            raise InputError(f"{path}: a plan of {n_frames} frames")
+        whole = self.plan(path).indices
+        n = min(n_frames, len(whole))
+        plan = self.plan(path, [whole[i * (len(whole) - 1) // max(1, n - 1)] for i in range(n)])
+        if augment_seed is None:
+            return plan
+        info, side = probe(path), round(math.sqrt(plan.height * plan.width))
+        if not self.geometry.side:
+            c, g = self.config, self.geometry
+            budget = video_max_pixels(c, n, g)
+            side, _ = smart_resize(side, side, factor=g.factor, min_pixels=c.min_pixels, max_pixels=budget)
+        return replace(
+            plan,
+            height=side,
+            width=side,
+            grid=self.geometry.grid(n, side, side),
+            augment=draw_augmentation(augment_seed, info.height, info.width),
+        )
+
     def frames(self, plan: FramePlan) -> Tensor:
         """uint8 [F, H, W, 3] at native size, on the decoder's device. Raises DecodeError."""
         (out,) = self.frames_many([plan])

@@ -76,7 +76,7 @@ def sampling_of(config: GenerationConfig, seed: int, request: Request) -> Sampli
     """The settings of one request under an engine's configuration and seed."""
     return Sampling(
         temperature=config.temperature if request.temperature is None else request.temperature,
-        top_p=getattr(config, "top_p", 1.0) if request.top_p is None else request.top_p,
+        top_p=config.top_p if request.top_p is None else request.top_p,
         repetition_penalty=config.repetition_penalty,
         max_new_tokens=request.max_new_tokens or config.max_new_tokens,
         seed=int(digest([seed, request_identity(request)])[:15], 16),
@@ -92,6 +92,6 @@ def sampling_provenance(config: GenerationConfig, seed: int) -> dict[str, Any]:
     }
     if config.temperature > 0:
         row["seed"] = seed
-        if (top_p := getattr(config, "top_p", 1.0)) != 1.0:
-            row["top_p"] = top_p
+        if config.top_p != 1:
+            row["top_p"] = config.top_p
     return row

@@ -7,8 +7,7 @@ import torch
 from family_checks import greedy_by_full_forwards
 
 from tempo_fast.config import GenerationConfig
-from tempo_fast.generation import Request, make_engine
-from tempo_fast.generation import transformers_engine as te
+from tempo_fast.generation import Request, decoding, make_engine, slots
 
 
 def requests_of(make_plan):
@@ -79,12 +78,12 @@ def test_whatever_the_checkpoint_reads_is_part_of_the_provenance(tiny_path, tmp_
     assert again[1] == 1 and again[0] != first[0]
 
 
-def test_positions_follow_the_pretraining_rule(tiny, reader, make_plan):
+def test_positions_follow_the_pretraining_rule(tiny, reader, make_plan, monkeypatch):
     """transformers' own positions for a video differ and give another answer: ours must be the ones in use."""
     request = Request((make_plan("long", 14),), "Describe it.")
     engine = make_engine(GenerationConfig(max_new_tokens=8), tiny, reader, None, 0)
     right = engine.generate([request])
-    shifted = te.left_pad
+    shifted = decoding.left_pad
 
     def squeezed(prompts, pad):
         ids, positions, mask, visual = shifted(prompts, pad)
@@ -92,11 +91,8 @@ def test_positions_follow_the_pretraining_rule(tiny, reader, make_plan):
         positions[:, :, last + 1 :] -= 6
         return ids, positions, mask, visual
 
-    te.left_pad, keep = squeezed, te.left_pad
-    try:
-        assert engine.generate([request]) != right
-    finally:
-        te.left_pad = keep
+    monkeypatch.setattr(decoding, "left_pad", squeezed)
+    assert engine.generate([request]) != right
 
 
 def test_sampling_is_private_seeded_and_independent_of_the_batch(tiny, reader, make_plan):
@@ -111,17 +107,6 @@ def test_sampling_is_private_seeded_and_independent_of_the_batch(tiny, reader, m
     assert first != make_engine(GenerationConfig(max_new_tokens=8), tiny, reader, None, 5).generate(requests)
 
 
-def test_gumbel_noise_samples_the_softmax():
-    """20,000 draws: every share within 4 standard errors of softmax(scores / T)."""
-    scores = torch.tensor([[1.0, -0.5, 0.3, 2.0, -30.0]])
-    n, temperature = 20_000, 0.7
-    sampler = te.PrivateSampling(temperature, [7])
-    draws = torch.stack([sampler(torch.empty(0), scores).argmax(-1) for _ in range(n)]).flatten()
-    share = torch.bincount(draws, minlength=5) / n
-    want = (scores[0] / temperature).softmax(-1)
-    assert ((share - want).abs() <= 4 * (want * (1 - want) / n).sqrt() + 1e-9).all()
-
-
 def test_repetition_penalty_is_on_when_asked(tiny, reader, make_plan):
     request = [Request((make_plan("a", 4),), "Say it.")]
     plain = make_engine(GenerationConfig(max_new_tokens=24), tiny, reader, None, 0).generate(request)
@@ -130,13 +115,18 @@ def test_repetition_penalty_is_on_when_asked(tiny, reader, make_plan):
     assert strong.provenance()["repetition_penalty"] == 5.0
 
 
-def test_batches_respect_the_token_bound(tiny, reader, make_plan, monkeypatch):
-    requests = [Request((make_plan(str(i), 2 + i),), "Say it.") for i in range(7)]
+def test_no_more_tokens_are_held_than_the_bound(tiny, reader, make_plan, monkeypatch):
+    requests = [Request((make_plan(str(i), 2 + i),), "Say it.", 1 + 3 * i % 7) for i in range(9)]
     engine = make_engine(GenerationConfig(max_new_tokens=5), tiny, reader, None, 0)
     together = engine.generate(requests)
-    sizes = []
-    run = engine._batch
-    monkeypatch.setattr(te, "MAX_BATCH_TOKENS", 90)
-    monkeypatch.setattr(engine, "_batch", lambda r, p: sizes.append(len(r) * len(p[0].input_ids)) or run(r, p))
+    held, admit = [], slots.Slots.admit
+
+    def counted(self, *args):
+        admit(self, *args)
+        held.append((len(self.lengths), max(self.lengths)))
+
+    monkeypatch.setattr(slots.Slots, "admit", counted)
+    monkeypatch.setattr(decoding, "MAX_BATCH_TOKENS", 90)
+    monkeypatch.setattr(decoding, "MAX_PREFILL_TOKENS", 60)
     assert engine.generate(requests) == together
-    assert len(sizes) > 1 and all(s <= 90 for s in sizes)
+    assert len(held) > 2 and all(n * longest <= 90 for n, longest in held) and max(held)[0] > 1

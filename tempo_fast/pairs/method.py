@@ -37,7 +37,8 @@ class Context:
     """What a method works with.
 
     ``ask`` the model, ``judge`` the judge model (None: there is none); ``reader`` is a video.reader.VideoReader;
-    ``seed`` of everything that is drawn; ``prompts`` to caption a video by; ``provenance`` goes into every record.
+    ``seed`` of everything that is drawn; ``prompts`` to caption a video by; ``provenance`` goes into every record;
+    ``references`` the reference answers of all questions, whatever bucket they are in.
     """
 
     ask: Ask
@@ -47,6 +48,7 @@ class Context:
     seed: int
     prompts: PromptPool
     provenance: dict[str, Any]
+    references: Sequence[str] = ()
 
 
 @dataclass

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def random_records(count: int, seed: int = 0) -> Iterator[PreferenceRecord]:
         yield PreferenceRecord(f"v{i}/r{r}", video, _text(rng), chosen, answers, r, _spans(rng, chosen), provenance)
 
 
+def many_records(count: int) -> Iterator[PreferenceRecord]:
+    """As ``random_records``, and faster made: the texts of a hundred, each time under another number."""
+    some = list(random_records(100))
+    for i in range(count):
+        record = some[i % 100]
+        yield replace(record, id=f"v{i}", prompt=f"{i}: {record.prompt}")
+
+
 def content(records: Iterable[PreferenceRecord]) -> str:
     """SHA-256 of the canonical JSON of the records, in order."""
     h = hashlib.sha256()
@@ -136,10 +145,10 @@ def chains(
 _CHILD = """
 import sys
 from pathlib import Path
-from bench.formats import random_records, step, write_pairs
+from bench.formats import many_records, step, write_pairs
 folder = Path(sys.argv[1])
 source = folder / "source.jsonl"
-write_pairs(source, random_records(int(sys.argv[3])))
+write_pairs(source, many_records(int(sys.argv[3])))
 step(step(source, sys.argv[2], folder), "native", folder)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -12,8 +12,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tempo_fast.errors import InputError
 from tempo_fast.files import read_json
@@ -75,9 +76,8 @@ def _files(path: str | Path) -> list[Path]:
     return found
 
 
-def _rows_of(f: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
-    magic = f.read(8)
-    f.seek(0)
+def _rows_of(f: BufferedReader) -> Iterator[tuple[int, Row | RowError]]:
+    magic = f.peek(8)[:8]  # a pipe cannot go back
     if magic[:4] == b"PAR1" or magic[:6] == b"ARROW1" or magic[:4] == b"\xff\xff\xff\xff":
         try:
             from tempo_fast.pairs.formats.arrow import read_arrow
@@ -85,7 +85,7 @@ def _rows_of(f: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
             raise InputError(f"{f.name}: is read by pyarrow: pip install tempo-fast[formats] ({e})") from e
         yield from read_arrow(f, magic)
     elif magic[:2] == b"\x1f\x8b":
-        yield from _damaged(_json(gzip.GzipFile(fileobj=f)))  # type: ignore[arg-type]
+        yield from _damaged(_json(gzip.GzipFile(fileobj=f)))
     else:
         yield from _json(f)
 
@@ -99,12 +99,8 @@ def _damaged(rows: Iterator[tuple[int, Row | RowError]]) -> Iterator[tuple[int, 
         yield number + 1, RowError("", f"the file is damaged from here on ({e})")
 
 
-def _json(f: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
-    start = b" "
-    while start and not start.strip(b" \t\r\n\xef\xbb\xbf"):
-        start = f.read(1)
-    f.seek(0)
-    if start == b"[":
+def _json(f: Any) -> Iterator[tuple[int, Row | RowError]]:
+    if f.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         for number, (text, value) in enumerate(read_array(f), 1):
             yield number, RowError("", text) if isinstance(value, ValueError) else _checked(text, value)
         return

@@ -40,6 +40,7 @@ def make_mdpo(items: Sequence[Item], context: Context) -> Part:
         if reason:
             tally.filtered[reason] += 1
         part.records += _records(s, groups, context, part)
+    tally.filtered, part.counts = +tally.filtered, +part.counts  # what never happened is not told
     return part
 
 

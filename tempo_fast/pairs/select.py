@@ -96,4 +96,5 @@ def select(items: Sequence[Item], context: Context) -> tuple[list[Item], Part]:
             verdict = "alike"
         part.counts[f"select_{verdict}"] += 1
     part.counts["select_failed"] += sum(len(i.questions) for i in items) - len(samples)
+    part.counts = +part.counts  # what never happened is not told
     return [replace(i, questions=tuple(kept[i.video])) for i in items if i.video in kept], part

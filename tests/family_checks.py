@@ -24,7 +24,7 @@ from tempo_kernels.head import linear_logp
 def greedy_by_full_forwards(bundle: Any, reader: Any, features: FeatureCache, request: Request, limit: int) -> str:
     """No cache, no padding: a forward over everything for each token."""
     family, model = bundle.family, bundle.model
-    prompt = prompt_of(family, bundle.tokenizer, bundle.config, request.prompt, request.plans)
+    prompt = prompt_of(family, bundle.tokenizer, bundle.config, request.prompt, request.plans, request.turns)
     visual = features.features(family, model, reader, request.plans)
     ids, positions, slots = prompt.input_ids[None], prompt.position_ids[:, None], prompt.visual[None]
     out: list[int] = []

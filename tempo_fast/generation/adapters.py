@@ -41,21 +41,46 @@ def adapter_on(bundle: Bundle, folder: str) -> Iterator[None]:
     if not folder:
         yield
         return
-    from peft import PeftModel
-
     refuse_adapters(bundle)
     base = bundle.model
-    try:
-        model: Any = PeftModel.from_pretrained(base, folder, is_trainable=False)
-    except (ValueError, RuntimeError, KeyError) as e:
-        raise InputError(f"generation.adapter: {folder} does not fit {bundle.path} ({str(e).splitlines()[0]})") from e
+    model = _attached(base, folder, bundle.path)
     try:
         bundle.model = model.eval()
         yield
     finally:
-        bundle.model = model.unload()
-        if hasattr(bundle.model, "peft_config"):  # peft leaves it there
-            del bundle.model.peft_config
+        bundle.model = _without(model)
+
+
+def _attached(base: torch.nn.Module, folder: str, path: str) -> Any:
+    """``base`` with the adapter, or as it was and an InputError."""
+    from peft import PeftConfig, PeftModel
+
+    def misfit(why: object) -> InputError:
+        return InputError(f"generation.adapter: {folder} does not fit {path} ({str(why).splitlines()[0]})")
+
+    try:
+        model: Any = PeftModel(base, PeftConfig.from_pretrained(folder))  # type: ignore[arg-type]
+    except (ValueError, TypeError, KeyError) as e:  # no layer is named so, no such method
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        raise misfit(e) from e
+    try:
+        keys = model.load_adapter(folder, "default", is_trainable=False)
+    except Exception as e:
+        _without(model)
+        raise misfit(e) from e
+    strange = [*(k for k in keys.missing_keys if "lora_" in k), *keys.unexpected_keys]
+    if strange:
+        _without(model)
+        raise misfit(f"{len(strange)} of its weights have no counterpart, such as {strange[0]}")
+    return model
+
+
+def _without(model: Any) -> torch.nn.Module:
+    base = model.unload()
+    if hasattr(base, "peft_config"):  # peft leaves it there
+        del base.peft_config
+    return base
 
 
 def refuse_adapters(bundle: Bundle) -> None:

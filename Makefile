@@ -68,7 +68,7 @@ $(VENV)/.demo: setup.py pyproject.toml | $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install --quiet -e ".[dev,deepspeed,dali]"
+	$(PIP) install --quiet -e ".[dev,deepspeed,dali,ray]"
 	@touch $@ $(VENV)/.lint
 
 $(VENV)/.lint: | $(VENV)/.venv

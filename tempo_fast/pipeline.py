@@ -18,6 +18,7 @@ from typing import Any
 from tempo_fast.config import RunConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, file_digest, read_json, to_plain, write_json
+from tempo_fast.jobs import made_by, pair_items, pair_source, pairs_job
 from tempo_fast.runs import SHARED, STEPS, Run, Unfinished, summarize
 from tempo_fast.runtime.shards import this_shard
 from tempo_fast.schema import Clips, PreferenceRecord, Question, SFTRecord, Truth, read_records, resolve_videos
@@ -58,7 +59,7 @@ def curate(run: Run) -> dict[str, Any]:
 def pairs(run: Run) -> dict[str, Any]:
     """Videos to preference pairs: ``pairs/r<r>.jsonl`` and ``pairs/audit.json``. Every process makes its share."""
     config, folder = run.config, run.out / "pairs"
-    source = _pair_source(run)
+    source = pair_source(run)
     files = [folder / f"r{r}.jsonl" for r in config.pairs.r]
     inputs = [
         config.pairs, config.generation, config.judge, config.video, config.seed, config.model.dtype, run.model_digest,
@@ -66,21 +67,19 @@ def pairs(run: Run) -> dict[str, Any]:
     ]  # fmt: skip
 
     def work() -> dict[str, Any]:
-        from tempo_fast.pairs.run import PairsJob
-
         foreign = [f for f in files if f.is_file()]
         if foreign and not (folder / "parts").is_dir():
             raise InputError(
                 f"{foreign[0]}: was not made by this step and would be overwritten; "
                 "train on it with 'tempo-fast train', or move it away"
             )
-        job = PairsJob(_pair_items(run), config.pairs, folder, *_engines(run), config.seed, run.data.prompts)
-        job.run(this_shard())
-        run.await_shards("pairs", lambda: [b.name for b in job.parts.missing()])
-        audit = job.parts.merge()
+        parts = _on_ray(run) if config.ray.pairs_workers else _here(run)
+        run.await_shards("pairs", lambda: [b.name for b in parts.missing()])
+        audit = parts.merge()
         return {
             "records": sum(audit["records"].values()),
             "pairs": sum(audit["pairs"].values()),
+            "videos": audit["videos"],
             "coincide": audit["coincide"],
             "quarantined": audit["failed"],
         }
@@ -88,33 +87,24 @@ def pairs(run: Run) -> dict[str, Any]:
     return run.step("pairs", inputs, work, outputs=lambda: [*files, folder / "audit.json"], collective=True)
 
 
-def _pair_source(run: Run) -> Path:
-    """The file whose rows pairs are made from."""
-    if run.config.pairs.method == "temple":
-        return _made_by(run.out / "curate" / "clips.jsonl", "curate")
-    if not run.data.questions:
-        raise InputError(f"data.questions: pairs.method {run.config.pairs.method} needs a file of questions")
-    return Path(run.data.questions)
+def _here(run: Run) -> Any:
+    job = pairs_job(run)
+    job.run(this_shard())
+    return job.parts
 
 
-def _pair_items(run: Run) -> list[Any]:
-    from tempo_fast.pairs.items import clip_items, question_items
+def _on_ray(run: Run) -> Any:
+    from tempo_fast.onray import pairs_on_ray
+    from tempo_fast.pairs.parts import Parts
 
-    return (clip_items if run.config.pairs.method == "temple" else question_items)(_pair_source(run))
-
-
-def _engines(run: Run) -> tuple[Any, Any, Any]:
-    """(who answers, the reader of videos, the judge or None)."""
-    from tempo_fast.generation import make_engine, make_judge
-
-    config = run.config
-    bundle = None if config.generation.engine == "openai" else run.loaded(config.model.path)
-    engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
-    return engine, run.reader, make_judge(config.judge, config.seed)
+    run.data  # noqa: B018 - what is generated is there before the workers look for it
+    parts = Parts(pair_items(run), run.config.pairs, run.out / "pairs", settings="")
+    sizes = {number: len(bucket.items) for number, bucket in enumerate(parts.buckets)}
+    return dataclasses.replace(parts, settings=pairs_on_ray(run.config, sizes))
 
 
 def _load_pairs(run: Run, r: int) -> list[PreferenceRecord]:
-    path = _made_by(run.out / "pairs" / f"r{r}.jsonl", "pairs")
+    path = made_by(run.out / "pairs" / f"r{r}.jsonl", "pairs")
     records = read_records(path, PreferenceRecord)
     if not records:
         raise InputError(f"{path}: holds no record; see pairs/audit.json for what was filtered")
@@ -123,7 +113,7 @@ def _load_pairs(run: Run, r: int) -> list[PreferenceRecord]:
 
 def _pair_digests(run: Run) -> list[str]:
     stages = run.config.train.stages
-    return [file_digest(_made_by(run.out / "pairs" / f"r{s.r}.jsonl", "pairs")) for s in stages]
+    return [file_digest(made_by(run.out / "pairs" / f"r{s.r}.jsonl", "pairs")) for s in stages]
 
 
 @contextmanager
@@ -194,7 +184,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     from tempo_fast.training.adapters import adapter_digest
 
     config, data = run.config, run.data
-    trained = read_json(_made_by(run.out / "state" / "train.json", "train"))["result"]
+    trained = read_json(made_by(run.out / "state" / "train.json", "train"))["result"]
     truths, questions = _eval_data(run)
     models = _models(run, trained)
     identities = {name: [run.model_digest, *([adapter_digest(a), base] if a else [])] for name, base, a in models}
@@ -296,6 +286,8 @@ def preflight(run: Run, steps: list[str]) -> None:
         from tempo_fast.pairs.prompts import PromptPool
 
         PromptPool(run.data.prompts)
+    if "pairs" in steps and run.config.pairs.method != "temple":
+        pair_items(run)
 
 
 def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str, Any]:
@@ -323,6 +315,9 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
                     break
                 if name in ("eval", "report") and rank > 0:
                     continue  # the first rank alone does these, and nothing comes after them
+                if name == "curate" and config.pairs.method != "temple":
+                    log.info("curate: pairs.method %s takes its videos from data.questions, skipped", config.pairs.method)
+                    continue
                 if name == "eval" and not (run.data.eval_truth or run.data.eval_questions):
                     log.info("eval: no held-out data given, skipped")
                     continue
@@ -370,12 +365,6 @@ def _stamp(path: Path) -> list[int]:
     except OSError:
         return []
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def _made_by(path: Path, step: str) -> Path:
-    if not path.is_file():
-        raise InputError(f"{path}: not there yet; run the step '{step}' first")
-    return path
 
 
 def _digest_of(path: str) -> str:

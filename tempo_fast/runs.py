@@ -221,8 +221,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "config_digest": digest(run.config),
         "model": {"path": run.config.model.path, "weights": run.model_digest, "dtype": run.config.model.dtype},
         "counts": {
-            "videos": curated.get("videos", 0),
-            "usable": curated.get("usable", 0),
+            "videos": curated.get("videos", built.get("videos", 0)),
+            "usable": curated.get("usable", built.get("videos", 0)),
             "filtered": len(curated.get("filtered", [])),
             "quarantined": len(quarantined),
             "records": built.get("records", 0),

@@ -11,6 +11,7 @@ from tempo_fast.config.data import (
     FeaturesConfig,
     LoaderConfig,
     ModelConfig,
+    RayConfig,
     TinyworldConfig,
     VideoConfig,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "ObjectiveConfig",
     "PairsConfig",
     "RRPOPairsConfig",
+    "RayConfig",
     "ReferenceConfig",
     "ReportConfig",
     "RunConfig",

@@ -133,3 +133,23 @@ class CurateConfig:
     """Processes; 0 takes one per core where there are enough videos to be worth it."""
     timeout_s: float = 300.0
     """Seconds that one video may take; then it is quarantined."""
+
+
+@dataclass
+class RayConfig:
+    """Pools of workers on a Ray cluster (extra ``ray``), in place of processes of this machine."""
+
+    curate_workers: int = 0
+    """Workers that curate; 0: no Ray for it."""
+    curate_cpus: float = 1.0
+    """CPU cores that each of them reserves."""
+    curate_gpus: float = 0.0
+    """GPUs that each of them reserves; a fraction shares one (TransNetV2 and SigLIP run on it)."""
+    pairs_workers: int = 0
+    """Workers that answer, each with a model of its own; 0: no Ray for it."""
+    pairs_cpus: float = 4.0
+    """CPU cores that each of them reserves."""
+    pairs_gpus: float = 1.0
+    """GPUs that each of them reserves."""
+    address: str = ""
+    """Of the cluster, as ``ray.init`` takes it; empty joins the one that RAY_ADDRESS names, or starts one here."""

@@ -11,6 +11,7 @@ from tempo_fast.config.data import (
     FeaturesConfig,
     LoaderConfig,
     ModelConfig,
+    RayConfig,
     VideoConfig,
 )
 from tempo_fast.config.pairs import GenerationConfig, JudgeConfig, PairsConfig, check_generation, check_pairs
@@ -32,6 +33,7 @@ class RunConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -61,6 +63,7 @@ class RunConfig:
             ("eval.max_videos", self.eval.max_videos), ("report.pairs", self.report.pairs),
             ("model.threads", self.model.threads), ("curate.workers", self.curate.workers),
             ("features.memory_gib", self.features.memory_gib), ("loader.workers", self.loader.workers),
+            *((f"ray.{name}", value) for name, value in vars(self.ray).items() if name != "address"),
         ):  # fmt: skip
             require(value >= 0, key, "0 or more", value)
         for key, value in (

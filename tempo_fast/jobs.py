@@ -1,0 +1,45 @@
+"""The work of steps that many processes share, as each of them sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tempo_fast.errors import InputError
+from tempo_fast.runs import Run
+
+
+def made_by(path: Path, step: str) -> Path:
+    """``path``, or an InputError that names the step to run first."""
+    if not path.is_file():
+        raise InputError(f"{path}: not there yet; run the step '{step}' first")
+    return path
+
+
+def pair_source(run: Run) -> Path:
+    """The file whose rows pairs are made from."""
+    if run.config.pairs.method == "temple":
+        return made_by(run.out / "curate" / "clips.jsonl", "curate")
+    if not run.data.questions:
+        raise InputError(f"data.questions: pairs.method {run.config.pairs.method} needs a file of questions")
+    return Path(run.data.questions)
+
+
+def pair_items(run: Run) -> list[Any]:
+    """Videos (pairs.method.Item) in the order of their paths, with their clips or the questions about them."""
+    from tempo_fast.pairs.items import clip_items, question_items
+
+    return (clip_items if run.config.pairs.method == "temple" else question_items)(pair_source(run))
+
+
+def pairs_job(run: Run) -> Any:
+    """The pairs.run.PairsJob of a run, with its model loaded."""
+    from tempo_fast.generation import make_engine, make_judge
+    from tempo_fast.pairs.run import PairsJob
+
+    config = run.config
+    bundle = None if config.generation.engine == "openai" else run.loaded(config.model.path)
+    engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
+    judge = make_judge(config.judge, config.seed)
+    folder, prompts = run.out / "pairs", run.data.prompts
+    return PairsJob(pair_items(run), config.pairs, folder, engine, run.reader, judge, config.seed, prompts)

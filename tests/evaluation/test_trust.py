@@ -50,11 +50,14 @@ def test_spearman_knows_ranks_alone(values):
         assert spearman(-a, b) == pytest.approx(-rho)
 
 
-def record(k, chosen, rejected, **provenance):
-    return PreferenceRecord(f"q{k}", f"{k}.mp4", "?", "yes", [Rejected("no", "sparse", 16)], 16, provenance=provenance | {
+def record(k, chosen, rejected):
+    """Chosen and rejected are (reward, points)."""
+    provenance = {
         "rewards": {"chosen": chosen[0], "rejected": [rejected[0]]},
         "scores": {"metric": "rouge_l", "chosen": chosen[1], "rejected": [rejected[1]]},
-    })  # fmt: skip
+    }
+    rejected_ones = [Rejected("no", "sparse", 16)]
+    return PreferenceRecord(f"q{k}", f"{k}.mp4", "?", "yes", rejected_ones, 16, provenance=provenance)
 
 
 def test_correlation_over_answers_with_an_interval():

@@ -67,6 +67,8 @@ def pairs(run: Run) -> dict[str, Any]:
     ]  # fmt: skip
 
     def work() -> dict[str, Any]:
+        from tempo_fast.report.pairs_page import build_pairs_page
+
         foreign = [f for f in files if f.is_file()]
         if foreign and not (folder / "parts").is_dir():
             raise InputError(
@@ -76,6 +78,7 @@ def pairs(run: Run) -> dict[str, Any]:
         parts = _on_ray(run) if config.ray.pairs_workers else _here(run)
         run.await_shards("pairs", lambda: [b.name for b in parts.missing()])
         audit = parts.merge()
+        build_pairs_page(folder, config)
         return {
             "records": sum(audit["records"].values()),
             "pairs": sum(audit["pairs"].values()),

@@ -18,6 +18,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.files import canonical_json, digest, file_digest, to_plain, write_atomic, write_json
 from tempo_fast.pairs.filters import Tally, coinciding
 from tempo_fast.pairs.method import Item, Part
+from tempo_fast.stats import share_interval
 
 _MOST_PROBLEMS = 200  # in the audit
 
@@ -127,8 +128,8 @@ class Parts:
 
         Returns:
             The audit, as ``audit.json`` holds it: ``records`` and ``pairs`` per r, ``files`` with digest,
-            ``stats[str(r)][kind]`` with made, filtered and means (filters.Tally), ``coincide``, ``failed``, ``counts``,
-            ``problems``.
+            ``stats[str(r)][kind]`` with made, filtered and means (filters.Tally, judge.measures), ``separated`` with
+            its interval, ``coincide``, ``failed``, ``counts``, ``problems``.
 
         Raises:
             InputError: no pair is left, a bucket is missing.
@@ -159,10 +160,7 @@ class Parts:
             "pairs": {str(r): f["pairs"] for r, f in files.items()},
             "files": {f"r{r}.jsonl": {"sha256": f["sha256"]} for r, f in files.items()},
             "coincide": coinciding(sizes, self.config.r),
-            "stats": {
-                str(r): {kind: t.row() for (of, kind), t in tallies.items() if of == r}
-                for r in self.config.r
-            },
+            "stats": {str(r): {kind: _stats(t) for (of, kind), t in tallies.items() if of == r} for r in self.config.r},
             "counts": dict(sorted((+counts).items())),
             "problems": problems,
         }  # fmt: skip
@@ -212,6 +210,11 @@ class Parts:
         path = self.out / f"r{r}.jsonl"
         write_atomic(path, write)
         return {"records": len(index), "pairs": pairs, "sha256": file_digest(path)}
+
+
+def _stats(tally: Tally) -> dict[str, Any]:
+    apart = round(tally.sums.get("separated", 0.0))
+    return {**tally.row(), "separated": share_interval(apart, tally.made)}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:

@@ -20,6 +20,7 @@ from typing import Any
 from tempo_fast.config import PairsConfig
 from tempo_fast.files import digest, file_digest
 from tempo_fast.generation import AnswerCache, Engine
+from tempo_fast.pairs.judge import measures
 from tempo_fast.pairs.method import Ask, Context, Item, Method, Part
 from tempo_fast.pairs.parts import Bucket, Parts
 from tempo_fast.pairs.prompts import PromptPool
@@ -108,6 +109,10 @@ class PairsJob:
 
             items, before = select(items, context)
         part = method_of(self.config.method)(items, context)
+        for record in part.records:
+            for rejected in record.rejected:
+                found = measures(record.chosen, rejected.text)
+                part.tally(rejected.r, rejected.kind).measure(found)
         part.counts.update(before.counts)
         part.failed[:0] = [f for f in before.failed if f not in part.failed]
         part.problems[:0] = before.problems

@@ -18,6 +18,7 @@ from tempo_fast.generation import Request
 from tempo_fast.pairs.aggregate import aggregate
 from tempo_fast.pairs.captions import Captioner
 from tempo_fast.pairs.filters import reject_reason
+from tempo_fast.pairs.judge import same_events
 from tempo_fast.pairs.method import Context, Item, Part
 from tempo_fast.pairs.spans import differing_spans, union
 from tempo_fast.perturb import ClipOrder, perturb
@@ -157,13 +158,13 @@ def _record(video: Clips, draws: Sequence[_Draw], context: Context, part: Part) 
         reason = reject_reason(chosen, draw.text, draw.kind, config.max_length_ratio)
         if reason is None and any(draw.text == other.text for other in rejected):
             reason = "duplicate"
-        of_chosen, of_rejected = differing_spans(chosen, draw.text)
-        if reason is None and not (of_chosen or of_rejected):
-            reason = "equal_to_chosen"  # but for white space
+        if reason is None and same_events(chosen, draw.text):
+            reason = "equal_to_chosen"  # in all but white space and the like
         if reason is not None:
             tally.filtered[reason] += 1
             continue
         order = draw.order
+        of_chosen, of_rejected = differing_spans(chosen, draw.text)
         one = Rejected(
             draw.text, draw.kind, draw.r, list(order.order), order.broken, order.kept, of_rejected, of_chosen,
             list(order.blank),

@@ -43,21 +43,30 @@ def render(run: RunFiles, config: RunConfig) -> str:
     )
 
 
+_ASKED = {
+    "rrpo": "Right answers were paired with wrong ones that the model gave about perturbed frames of",
+    "leanpo": "Answers reflected upon were paired with answers about a few augmented frames of",
+    "mdpo": "The best of several answers was paired with the worst, on questions about",
+}
+
+
 def _story(run: RunFiles, config: RunConfig) -> str:
     counts, lines = run.summary.get("counts") or {}, []
     if counts:
         left_out = [f"{counts[k]} {k}" for k in ("filtered", "quarantined") if counts.get(k)]
         tail = f" ({', '.join(left_out)})" if left_out else ""
-        lines.append(f"{counts.get('usable', 0)} of {counts.get('videos', 0)} videos were cut into clips{tail}.")
-        shown = (
-            "the perturbed clips were shown to the model"
-            if config.pairs.perturb_on == "frames"
-            else "its clip captions were perturbed"
-        )
-        lines.append(
-            f"The model told each video in order; then {shown} ({', '.join(config.pairs.kinds)}), which gave "
-            f"{counts.get('pairs', 0)} pairs in {counts.get('records', 0)} records."
-        )
+        made = f"{counts.get('pairs', 0)} pairs in {counts.get('records', 0)} records"
+        if config.pairs.method == "temple":
+            lines.append(f"{counts.get('usable', 0)} of {counts.get('videos', 0)} videos were cut into clips{tail}.")
+            shown = (
+                "the perturbed clips were shown to the model"
+                if config.pairs.perturb_on == "frames"
+                else "its clip captions were perturbed"
+            )
+            kinds = ", ".join(config.pairs.kinds)
+            lines.append(f"The model told each video in order; then {shown} ({kinds}), which gave {made}.")
+        else:
+            lines.append(f"{_ASKED[config.pairs.method]} {counts.get('videos', 0)} videos{tail}, which gave {made}.")
     stages = run.summary.get("stages") or []
     if stages:
         steps = sum(s.get("steps") or 0 for s in stages)
@@ -156,6 +165,7 @@ def _audit(run: RunFiles) -> str:
     if not stats:
         return gap("No audit yet: run the step pairs")
     kinds = [k for k in KINDS + EDITS if any(k in per for per in stats.values())]
+    kinds += sorted({k for per in stats.values() for k in per} - set(kinds))
     rows = []
     for r in sorted(stats, key=int, reverse=True):
         for i, kind in enumerate(k for k in kinds if k in stats[r]):
@@ -164,20 +174,24 @@ def _audit(run: RunFiles) -> str:
             cells = [
                 number(s.get("made")),
                 filtered or "none",
+                interval(s.get("separated")),
                 *(number(s.get(k), 2) for k in ("length_ratio", "similarity", "broken", "kept")),
             ]
             head = f"<th scope='rowgroup' rowspan='{len(stats[r])}'>{r}</th>" if i == 0 else ""
             body = "".join(f"<td{' class=words' if j == 1 else ''}>{escape(c)}</td>" for j, c in enumerate(cells))
             rows.append(f"<tr{' class=first' if i == 0 else ''}>{head}<th scope='row'>{kind}</th>{body}</tr>")
-    heads = ["pairs", "filtered, and why", "length ratio", "similarity", "broken", "kept"]
+    page = run.folder / "pairs" / "audit.html"
+    more = " <a href='pairs/audit.html'>Pairs side by side, with their clips</a>." if page.is_file() else ""
+    heads = ["pairs", "filtered, and why", "told apart", "length ratio", "similarity", "broken", "kept"]
     notes = [
         f"r = {' and '.join(map(str, c['r']))} are the same perturbation for {c['videos']} of {c['of']} videos."
         for c in run.audit.get("coincide") or []
     ]
     notes += [f"{Path(f['video']).name}: {f['reason']}" for f in run.audit.get("failed") or []]
     return (
-        "<p class='lead'>Length ratio: characters of the rejected over the chosen answer. Similarity: common words "
-        "in order. Broken: adjacencies of the real order that are gone. Kept: share of clips left.</p>"
+        "<p class='lead'>Told apart: by a judge that reads the two texts alone, with 95 % intervals. Length ratio: "
+        "characters of the rejected over the chosen answer. Similarity: common words in order. Broken: adjacencies of "
+        f"the real order that are gone. Kept: share of clips left.{more}</p>"
         + scroll(
             "<thead><tr><th>r</th><th>kind</th>"
             + "".join(f"<th>{h}</th>" for h in heads)

@@ -120,7 +120,8 @@ class PairsJob:
 
     def _ask(self, folder: str, bucket: Bucket, engine: Engine, quiet: bool, stack: ExitStack) -> Ask:
         own = self.out / folder / f"{bucket.name}.jsonl"
-        cache = AnswerCache(own, engine)
+        kin = [p for p in sorted(own.parent.glob("*.jsonl")) if p != own and bucket.related(p.stem)]
+        cache = stack.enter_context(AnswerCache(own, engine, also=kin))
         return lambda requests, desc: cache.answers(requests, "" if quiet else desc)
 
     def run(self, shard: Shard = ALL, check: Callable[[], None] = lambda: None) -> None:

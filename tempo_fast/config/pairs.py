@@ -84,8 +84,8 @@ class MDPOPairsConfig:
     """Answers drawn per question."""
     metric: str = "rouge_l"
     """Score of an answer against the reference, 0 to 100: correct (by the rules for choices, yes and no, and short
-    answers), tiou (of time ranges), rouge_l, meteor (extra ``metrics``), cider_d, or module:function, which is called
-    with the answer and its QARecord."""
+    answers), tiou (of time ranges), rouge_l, cider_d, meteor and soda_c (of sentences with time ranges), which need the
+    extra ``metrics``, or module:function, which is called with the answer and its QARecord."""
     min_gap: float = 10.0
     """A pair is kept where its answers are at least so many points apart."""
     pairs: Literal["best_worst", "all"] = "best_worst"

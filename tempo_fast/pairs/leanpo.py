@@ -197,7 +197,7 @@ def _record(s: _Seen, a: _Asked, metric: Any, context: Context, part: Part) -> P
     chosen = a.chosen if own.reflection else a.first
     of_chosen, of_rejected = differing_words(chosen, a.rejected)
     reason = ""
-    if not chosen or not a.rejected:
+    if not words(chosen) or not words(a.rejected):
         reason = "empty"
     elif (own.hints or own.reflection) and quotes_hint(chosen, a.question):
         reason = "quotes_hint"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tempo_fast.pairs.answers import kind_of
+from tempo_fast.pairs.judge import words
 from tempo_fast.pairs.method import Context, Item, Part
 from tempo_fast.pairs.select import Samples, draw_samples
 from tempo_fast.pairs.spans import differing_words, union
@@ -34,7 +35,7 @@ def make_mdpo(items: Sequence[Item], context: Context) -> Part:
     tally.filtered["video_failed"] += sum(len(i.questions) for i in items) - len(samples)
     for s in samples:
         part.counts["questions"] += 1
-        part.counts["samples_empty"] += sum(not text for text in s.texts)
+        part.counts["samples_empty"] += sum(not words(text) for text in s.texts)
         part.counts["samples_unscored"] += sum(p is None for p in s.points)
         groups, reason = _choose(s, how.min_gap, all_pairs=how.pairs == "all")
         if reason:
@@ -46,7 +47,7 @@ def make_mdpo(items: Sequence[Item], context: Context) -> Part:
 
 def _choose(s: Samples, min_gap: float, *, all_pairs: bool) -> tuple[list[tuple[int, list[int]]], str]:
     """(chosen sample, rejected ones, worst first) of every record; and why there is none."""
-    points = {k: p for k, (text, p) in enumerate(zip(s.texts, s.points, strict=True)) if text and p is not None}
+    points = {k: p for k, (text, p) in enumerate(zip(s.texts, s.points, strict=True)) if words(text) and p is not None}
     if len(points) < 2:
         return [], "unscored"
     best = sorted(points, key=lambda k: (-points[k], k))

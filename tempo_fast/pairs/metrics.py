@@ -17,12 +17,13 @@ from typing import Any
 from tempo_fast.errors import InputError
 from tempo_fast.pairs import judge
 from tempo_fast.pairs.answers import is_correct, kind_of, reference_choice
+from tempo_fast.pairs.spans import sentence_spans
 from tempo_fast.schema import QARecord
 
 Metric = Callable[[str, QARecord], float | None]
 Range = tuple[float, float]
 
-METRICS = ("correct", "tiou", "rouge_l", "meteor", "cider_d")
+METRICS = ("correct", "tiou", "rouge_l", "meteor", "cider_d", "soda_c")
 
 
 def metric_of(name: str, key: str, references: Sequence[str] = ()) -> Metric:
@@ -41,8 +42,9 @@ def metric_of(name: str, key: str, references: Sequence[str] = ()) -> Metric:
     known: dict[str, Metric] = {"correct": correct, "tiou": tiou, "rouge_l": rouge_l}
     if name in known:
         return known[name]
-    if name == "meteor":
-        return _meteor(key)
+    if name in ("meteor", "soda_c"):
+        meteor = _meteor(name, key)
+        return (lambda answer, qa: meteor(qa.answer, answer)) if name == "meteor" else _soda_c(meteor)
     if name == "cider_d":
         return CiderD(references, key)
     if ":" not in name:
@@ -107,10 +109,14 @@ def tiou(answer: str, question: QARecord) -> float | None:
     truth = time_ranges(question.answer)
     if not truth:
         return None
-    said = _union(time_ranges(answer))
-    truth = _union(truth)
-    both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in said for c, d in truth)
-    return 100.0 * both / (sum(b - a for a, b in said) + sum(d - c for c, d in truth) - both)
+    return 100.0 * _overlap(truth, time_ranges(answer))
+
+
+def _overlap(truth: Sequence[Range], told: Sequence[Range]) -> float:
+    """Intersection over union of two sets of ranges, in [0, 1]; ``truth`` is not empty."""
+    truth, told = _union(truth), _union(told)
+    both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in told for c, d in truth)
+    return both / (sum(b - a for a, b in told) + sum(d - c for c, d in truth) - both)
 
 
 _CLOCK = r"(?:\d+:)?\d{1,2}:\d{2}(?:\.\d+)?"
@@ -124,6 +130,7 @@ _TEXT = re.compile(
     r")(?![\w:]|\.\d)",
     re.IGNORECASE,
 )
+_LEAD = re.compile(r"\b(?:from|during|at|in)\s*(?:the\s+)?$", re.IGNORECASE)
 _STARTS, _ENDS = ("start_time", "start", "begin", "from"), ("end_time", "end", "stop", "to")
 
 
@@ -187,18 +194,18 @@ def _union(ranges: Sequence[Range]) -> list[Range]:
 # -- words in common ------------------------------------------------------------------------------------------------
 
 
-def _meteor(key: str) -> Metric:
-    """nltk's METEOR (Banerjee and Lavie, 2005) with equal words and equal stems; WordNet's synonyms, which nltk would
-    load from the network, have no part in it."""
+def _meteor(name: str, key: str) -> Callable[[str, str], float]:
+    """Points of (reference, answer): nltk's METEOR (Banerjee and Lavie, 2005) with equal words and equal stems.
+    WordNet's synonyms, which nltk would load from the network, have no part in it."""
     try:
         from nltk.stem.porter import PorterStemmer
         from nltk.translate.meteor_score import single_meteor_score
     except ImportError as e:
-        raise InputError(f"config: {key}: meteor needs nltk; pip install 'tempo-fast[metrics]'") from e
+        raise InputError(f"config: {key}: {name} needs nltk; pip install 'tempo-fast[metrics]'") from e
     stemmer = PorterStemmer()
 
-    def meteor(answer: str, question: QARecord) -> float:
-        told, truth = judge.words(answer), judge.words(question.answer)
+    def meteor(reference: str, answer: str) -> float:
+        truth, told = judge.words(reference), judge.words(answer)
         if not told or not truth:
             return 0.0
         return 100.0 * single_meteor_score(truth, told, stemmer=stemmer, wordnet=_NoSynonyms())
@@ -210,6 +217,39 @@ class _NoSynonyms:
     @staticmethod
     def synsets(word: str) -> list[Any]:
         return []
+
+
+def timed_events(text: str) -> list[tuple[Range, str]]:
+    """The sentences of ``text`` that tell a time range, each with its first one and without its words, by start."""
+    out = []
+    for start, end in sentence_spans(text):
+        sentence = text[start:end]
+        match = _TEXT.search(sentence)
+        ranges = time_ranges(match.group()) if match else []
+        if match and ranges:
+            out.append((ranges[0], _LEAD.sub("", sentence[: match.start()]) + sentence[match.end() :]))
+    return sorted(out, key=lambda event: event[0][0])
+
+
+def _soda_c(meteor: Callable[[str, str], float]) -> Metric:
+    """SODA_c (Fujita et al., 2020; fujiso/SODA), which VidChain scores its samples by: events of both texts are matched
+    one to one in order so that the sum of tIoU * METEOR is largest; F1 of that sum over the events told and the true
+    ones. None when the reference tells no timed event."""
+
+    def soda_c(answer: str, question: QARecord) -> float | None:
+        truth, told = timed_events(question.answer), timed_events(answer)
+        if not truth or not told:
+            return 0.0 if truth else None
+        best = [0.0] * (len(told) + 1)
+        for span, caption in truth:
+            above = best
+            best = [0.0]
+            for j, (other, said) in enumerate(told):
+                both = _overlap([span], [other]) * meteor(caption, said)
+                best.append(max(above[j + 1], best[j], above[j] + both))
+        return 2 * best[-1] / (len(told) + len(truth))  # F1 of best / told and best / true
+
+    return soda_c
 
 
 Bag = dict[tuple[str, ...], float]

@@ -79,6 +79,7 @@ def test_what_is_asked_and_what_becomes_of_it():
     [
         ({"second": " "}, {}, "empty"),
         ({"rejected": ""}, {}, "empty"),
+        ({"rejected": "..."}, {}, "empty"),
         ({"rejected": "a red ring grows slowly"}, {}, "no_difference"),
         ({"second": "According to the given hints, a ring grows."}, {}, "quotes_hint"),
         ({"first": "As the hints say, a ring grows."}, {"reflection": False}, "quotes_hint"),

@@ -47,6 +47,7 @@ def made(texts, **how):
         (["? a", "50 b"], None, "unscored"),
         (["? a", "50 b", "70 c"], (2, 1), ""),
         (["", "50 b"], None, "unscored"),  # nothing said is no rejected answer
+        (["?!", "50 b"], None, "unscored"),
         (["90 a.", "90 a"], None, "small_gap"),
     ],
 )

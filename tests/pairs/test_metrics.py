@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempo_fast.errors import InputError
-from tempo_fast.pairs.metrics import METRICS, CiderD, correct, metric_of, rouge_l, time_ranges, tiou
+from tempo_fast.pairs.metrics import METRICS, CiderD, correct, metric_of, rouge_l, time_ranges, timed_events, tiou
 from tempo_fast.schema import QARecord
 
 # 30 pairs of texts, and what pycocoevalcap 1.2 (``Cider``, all references its corpus), rouge-score 0.1.2 and nltk
@@ -152,6 +153,59 @@ def test_tiou_of_one_range_each_is_the_coded_formula(a, b, c, d):
 def test_no_text_breaks_the_parser(text):
     assert all(b > a >= 0 for a, b in time_ranges(text))
     assert time_ranges(f"<answer>{text}</answer>") == time_ranges(text)
+
+
+def test_timed_events():
+    """Both ways in which VidChain's chains end: captions with their time behind or before."""
+    told = "From 24 to 99, a ring grows. A man runs, from 00 to 23. Nothing else. Second event, from 10 to 5."
+    assert [(span, " ".join(text.split())) for span, text in timed_events(told)] == [
+        ((0.0, 23.0), "A man runs, ."),
+        ((24.0, 99.0), ", a ring grows."),
+    ]
+
+
+def by_all_matchings(truth, told, meteor):
+    """The largest sum over one-to-one matchings that keep the order, by trying them all."""
+    best = 0.0
+    for n in range(1, min(len(truth), len(told)) + 1):
+        for rows in itertools.combinations(range(len(truth)), n):
+            for columns in itertools.combinations(range(len(told)), n):
+                total = 0.0
+                for i, j in zip(rows, columns, strict=True):
+                    (a, b), caption = truth[i]
+                    (c, d), said = told[j]
+                    total += max(0.0, min(b, d) - max(a, c)) / (max(b, d) - min(a, c)) * meteor(said, qa(caption))
+                best = max(best, total)
+    return best
+
+
+def test_soda_c_by_hand_and_by_all_matchings():
+    """F1 of the best sum of tIoU * METEOR: fujiso/SODA, soda_c."""
+    pytest.importorskip("nltk")
+    soda, meteor = metric_of("soda_c", "k"), metric_of("meteor", "k")
+    truth = qa("From 0 to 10, a red ring grows. From 10 to 20, a blue cross moves left.")
+    one = meteor("a red ring grows", qa("a red ring grows"))
+    assert soda("A red ring grows, from 0 to 10.", truth) == pytest.approx(
+        2 * (one / 1) * (one / 2) / (one / 1 + one / 2)
+    )
+    assert soda("A red ring grows, from 0 to 5.", truth) == pytest.approx(2 / 3 * one / 2)
+    assert soda("A red ring grows.", truth) == 0 == soda("", truth)
+    assert soda("From 0 to 10, a ring.", qa("no time is told")) is None
+    rng = random.Random(3)
+    words = "a red blue ring cross grows moves left".split()
+
+    def text():
+        events = []
+        for _ in range(rng.randint(1, 4)):
+            start = rng.randint(0, 80)
+            events.append(f"From {start} to {start + rng.randint(1, 30)}, {' '.join(rng.choices(words, k=4))}.")
+        return " ".join(events)
+
+    for _ in range(25):
+        reference, answer = text(), text()
+        events, said = timed_events(reference), timed_events(answer)
+        best = by_all_matchings(events, said, meteor)
+        assert soda(answer, qa(reference)) == pytest.approx(2 * best / (len(events) + len(said)))
 
 
 PLUGIN = """

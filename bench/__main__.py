@@ -12,6 +12,7 @@ NAMES = {
     "step": "preference training steps: trees beside rows, with and without a live reference",
     "video": "from a video file to the model's input, on every decoder, beside what other trainers use",
     "formats": "preference data through every format and back: losses, rows/s, memory, broken rows",
+    "pairs": "preference pairs of videos whose events are known: shots, order, what can be told apart",
     "compile": "every configuration of the Triton kernels compiled without a GPU, and what it would use",
     "tune": "which tiles of the Triton kernels are fastest on this GPU",
     "gpu": "what to run in the minutes that a GPU is at hand: CUDA tests, then head at large shapes",

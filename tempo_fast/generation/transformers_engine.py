@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tempo_fast.config import GenerationConfig
+from tempo_fast.files import read_json
 from tempo_fast.generation.adapters import active_digest, adapter_on, refuse_adapters, saved_digest
 from tempo_fast.generation.base import Request, sampling_of, sampling_provenance
 from tempo_fast.generation.decoding import Answer, Decoder
@@ -116,7 +118,11 @@ class _Together:
 
 def stop_tokens(bundle: Bundle) -> list[int]:
     """The end of the turn, and whatever else the checkpoint's generation config stops at."""
-    model = bundle.family.generate_model(bundle.model)
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = getattr(
+        getattr(bundle.family.generate_model(bundle.model), "generation_config", None), "eos_token_id", None
+    )
+    saved = Path(bundle.path) / "generation_config.json"
+    if configured is None and saved.is_file():  # a bundle without weights
+        configured = read_json(saved).get("eos_token_id")
     extra = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({bundle.family.answer_ids(bundle.tokenizer, "")[-1], *(int(t) for t in extra)})

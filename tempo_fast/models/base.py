@@ -34,7 +34,7 @@ class TransformersFamily:
         except (OSError, ValueError) as e:
             raise InputError(f"model.path: {path} cannot be loaded ({str(e).splitlines()[0]})") from e
 
-    def _chat(self, tokenizer: Any, text: str, n_videos: int, turns: Sequence[tuple[str, str]] = ()) -> str:
+    def chat(self, tokenizer: Any, text: str, n_videos: int, turns: Sequence[tuple[str, str]] = ()) -> str:
         """The turns and the start of the answer."""
         return tokenizer.apply_chat_template(
             chat_messages(text, n_videos, turns),

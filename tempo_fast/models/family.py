@@ -126,6 +126,10 @@ class Family(Protocol):
         """From the model's transformers config."""
         ...
 
+    def chat(self, tokenizer: Any, text: str, n_videos: int, turns: Sequence[tuple[str, str]] = ()) -> str:
+        """The words of ``build_prompt`` by the checkpoint's chat template, a placeholder for each video."""
+        ...
+
     def build_prompt(
         self,
         tokenizer: Any,

@@ -51,7 +51,7 @@ class FrameFamily(TransformersFamily):
         times: Sequence[Timing] | None = None,
         turns: Sequence[tuple[str, str]] = (),
     ) -> Prompt:
-        pieces = self._chat(tokenizer, text, len(grids), turns).split("<video>")
+        pieces = self.chat(tokenizer, text, len(grids), turns).split("<video>")
         if len(pieces) != len(grids) + 1:
             raise InputError(
                 f"model.path: the chat template and the prompt's words hold {len(pieces) - 1} '<video>' slots for"

@@ -39,7 +39,7 @@ class Qwen2VL(TransformersFamily):
         times: Sequence[Timing] | None = None,
         turns: Sequence[tuple[str, str]] = (),
     ) -> Prompt:
-        rendered = self._chat(tokenizer, text, len(grids), turns)
+        rendered = self.chat(tokenizer, text, len(grids), turns)
         pad = config.video_token_id
         found = rendered.count(tokenizer.convert_ids_to_tokens(pad))
         if found != len(grids):

@@ -199,6 +199,16 @@ def test_every_span_has_tokens_and_they_cover_it(tokenizer, data):
             assert (k > 0) == any(a <= i < b for i in core for a, b in spans)
 
 
+def test_characters_of_one_token_are_one_span(tokenizer):
+    """Where no space parts words, a token may hold two characters that are marked with one between them."""
+    text = "它是红色的。"
+    spans = token_safe(text, [[2, 3], [4, 5], [0, 0]])
+    assert spans == [[2, 5]]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert set(align_spans(tokenizer, text, ids, spans)) == {0, 1}
+    assert token_safe("红，色", [[0, 1], [2, 3]]) == [[0, 1], [2, 3]]
+
+
 def test_a_plain_tokenizer_says_that_it_cannot(tokenizer):
     from tempo_fast.errors import InputError
 

@@ -16,7 +16,7 @@ def make_engine(config: GenerationConfig, bundle: Any, reader: Any, features: An
 
     Args:
         config: engine, sampling parameters, longest answer.
-        bundle: models.load.Bundle; may be None for ``openai``.
+        bundle: models.load.Bundle; may be None for ``openai``, and without weights for ``vllm``.
         reader: video.reader.VideoReader.
         features: trees.vision.FeatureCache, used by the transformers engine; None makes a private one.
         seed: of every sampled answer; without effect at temperature 0.
@@ -41,7 +41,7 @@ def make_judge(config: JudgeConfig, seed: int) -> Engine | None:
     """The judge model: greedy, text alone, behind its endpoint; None where there is no endpoint.
 
     Raises:
-        InputError: the endpoint cannot be reached.
+        InputError: the endpoint cannot be reached, or does not serve ``model``.
     """
     if not config.endpoint:
         return None

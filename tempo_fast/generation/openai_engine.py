@@ -17,8 +17,7 @@ from typing import Any
 
 from tempo_fast.config import GenerationConfig
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest
-from tempo_fast.generation.base import Request, request_identity, sampling_provenance
+from tempo_fast.generation.base import Request, sampling_of, sampling_provenance
 from tempo_fast.runtime.progress import progress
 
 log = logging.getLogger(__name__)
@@ -32,39 +31,38 @@ RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 class OpenAIEngine:
     """Chat completions over HTTP, ``generation.batch_size`` requests in flight at most.
 
-    Videos go as one image part per frame, at the size the reader plans. The model is the first that ``/models`` lists.
-    A key in the environment variable OPENAI_API_KEY is sent as bearer token. Server errors (5xx, 408, 409, 425, 429)
-    and broken connections are tried again, waiting ``backoff`` seconds doubled each time, or what Retry-After says.
-    A signal, or a request that fails for good, ends ``generate`` at once: answers still in flight are not waited for.
+    Videos go as one image part per frame, at the size the reader plans. ``generation.model`` names the model, or the
+    adapter, among those that ``/models`` lists; the first one where it is empty. A server that lists none is asked for
+    the name as it stands. A key in the environment variable OPENAI_API_KEY is sent as bearer token. Server errors (5xx,
+    408, 409, 425, 429) and broken connections are tried again, ``generation.attempts`` times in all, waiting
+    ``backoff`` seconds doubled each time, or what Retry-After says. A signal, or a request that fails for good, ends
+    ``generate`` at once: answers still in flight are not waited for.
 
     Args:
-        attempts: tries per request.
+        reader: video.reader.VideoReader; None for requests of words alone.
         backoff: seconds before the second try.
-        timeout: seconds for one answer.
 
     Raises:
-        InputError: the endpoint cannot be reached, lists no model, or refuses the request.
+        InputError: the endpoint cannot be reached, lists no model or not this one, or refuses the request.
     """
 
-    def __init__(
-        self,
-        config: GenerationConfig,
-        reader: Any,
-        seed: int,
-        *,
-        attempts: int = 5,
-        backoff: float = 0.5,
-        timeout: float = 300.0,
-    ) -> None:
-        self.config, self.reader, self.seed = config, reader, seed
-        self.attempts, self.backoff, self.timeout = attempts, backoff, timeout
+    def __init__(self, config: GenerationConfig, reader: Any, seed: int, *, backoff: float = 0.5) -> None:
+        self.config, self.reader, self.seed, self.backoff = config, reader, seed, backoff
         self.base = config.endpoint.rstrip("/")
         models = self._call("/models", None).get("data") or []
-        if not models:
-            raise InputError(f"generation.endpoint: {self.base} lists no model")
-        self.model = str(models[0]["id"])
-        if len(models) > 1:
-            log.info("%s serves %d models; %s is asked", self.base, len(models), self.model)
+        served = {str(m["id"]): m for m in models}
+        if not served and not config.model:
+            raise InputError(f"generation.endpoint: {self.base} lists no model; name one in generation.model")
+        if served and config.model and config.model not in served:
+            raise InputError(
+                f"generation.model: {self.base} does not serve {config.model!r}; it serves {', '.join(served)}"
+            )
+        self.model = config.model or next(iter(served))
+        # vLLM takes what is left out from the checkpoint's generation_config.json (vllm-project/vllm 0.32.0:
+        # vllm/config/model.py, get_diff_sampling_param), others know no such fields
+        self._explicit = served.get(self.model, {}).get("owned_by") == "vllm"
+        if len(served) > 1 and not config.model:
+            log.info("%s serves %d models; %s is asked", self.base, len(served), self.model)
 
     def provenance(self) -> dict[str, Any]:
         """Engine, the served model's name and sampling parameters."""
@@ -106,26 +104,36 @@ class OpenAIEngine:
         return texts
 
     def _answer(self, request: Request, stop: threading.Event) -> str:
-        content: list[dict[str, Any]] = []
-        for plan in request.plans:
-            for image in jpegs(self.reader, plan):
-                url = "data:image/jpeg;base64," + base64.b64encode(image).decode()
-                content.append({"type": "image_url", "image_url": {"url": url}})
-        content.append({"type": "text", "text": request.prompt})
+        sampling = sampling_of(self.config, self.seed, request)
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": request.max_new_tokens or self.config.max_new_tokens,
-            "temperature": self.config.temperature,
-            "seed": int(digest([self.seed, request_identity(request)])[:8], 16) >> 1,
+            "messages": self._messages(request),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed >> 29,  # 31 bits
         }
-        if self.config.repetition_penalty != 1.0:
-            body["repetition_penalty"] = self.config.repetition_penalty
+        if sampling.temperature > 0:
+            body["top_p"] = sampling.top_p
+        if self._explicit or sampling.repetition_penalty != 1:
+            body["repetition_penalty"] = sampling.repetition_penalty
+        if self._explicit:
+            body |= {"top_k": -1, "min_p": 0.0}
         reply = self._call("/chat/completions", body, stop)
         try:
             return str(reply["choices"][0]["message"]["content"] or "").strip()
         except (KeyError, IndexError, TypeError) as e:
             raise InputError(f"generation.endpoint: {self.base} answered without choices[0].message.content") from e
+
+    def _messages(self, request: Request) -> list[dict[str, Any]]:
+        """The turns; words alone as a string, which every server reads."""
+        said = [(role, text) for turn in request.turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+        messages: list[dict[str, Any]] = [{"role": r, "content": text} for r, text in [*said, ("user", request.prompt)]]
+        images = [image for plan in request.plans for image in jpegs(self.reader, plan)]
+        if images:
+            urls = ["data:image/jpeg;base64," + base64.b64encode(image).decode() for image in images]
+            parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            messages[0]["content"] = [*parts, {"type": "text", "text": messages[0]["content"]}]
+        return messages
 
     def _call(self, path: str, body: dict[str, Any] | None, stop: threading.Event | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -133,11 +141,12 @@ class OpenAIEngine:
             headers["Authorization"] = f"Bearer {key}"
         data = json.dumps(body).encode() if body is not None else None
         reason = ""
-        for attempt in range(self.attempts):
+        attempts = self.config.attempts
+        for attempt in range(attempts):
             wait = self.backoff * 2**attempt
             try:
                 call = urllib.request.Request(self.base + path, data, headers)
-                with urllib.request.urlopen(call, timeout=self.timeout) as response:  # noqa: S310 - the user's own URL
+                with urllib.request.urlopen(call, timeout=self.config.timeout_s) as response:  # noqa: S310 - the user's own URL
                     return json.loads(response.read())
             except urllib.error.HTTPError as e:
                 reason = f"HTTP {e.code}: {e.read(300).decode(errors='replace').strip() or e.reason}"
@@ -148,13 +157,11 @@ class OpenAIEngine:
                 reason = str(getattr(e, "reason", e)) or type(e).__name__
             except ValueError as e:
                 raise InputError(f"generation.endpoint: {self.base!r} is not a URL ({e})") from e
-            if attempt + 1 < self.attempts:
+            if attempt + 1 < attempts:
                 _pause(wait, stop)
             if stop is not None and stop.is_set():
                 break
-        raise InputError(
-            f"generation.endpoint: {self.base}{path} cannot be reached, {self.attempts} attempts ({reason})"
-        )
+        raise InputError(f"generation.endpoint: {self.base}{path} cannot be reached, {attempts} attempts ({reason})")
 
 
 def _pause(seconds: float, stop: threading.Event | None) -> None:

@@ -47,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         global running, most
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = body["messages"][0]["content"]
-        text = content[-1]["text"]
+        if isinstance(content, str): content = [{"type": "text", "text": content}]
+        last = body["messages"][-1]["content"]
+        text = last if isinstance(last, str) else last[-1]["text"]
         with lock:
             running += 1; most = max(most, running)
             seen[text] = seen.get(text, 0) + 1
@@ -97,8 +99,14 @@ class Frames:
 
 
 def engine_of(server, path="/v1", attempts=4, **config):
-    config = GenerationConfig(engine="openai", endpoint=server + path, **config)
-    return OpenAIEngine(config, Frames(), 3, attempts=attempts, backoff=0.01)
+    config = GenerationConfig(engine="openai", endpoint=server + path, attempts=attempts, **config)
+    return OpenAIEngine(config, Frames(), 3, backoff=0.01)
+
+
+def said(body):
+    """The last words of a request."""
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def log_of(server):
@@ -117,7 +125,7 @@ def test_answers_in_order_with_frames(server, monkeypatch):
     ]
     log = log_of(server)
     assert 1 < log["most"] <= 4  # in parallel, and no more than batch_size
-    bodies = {b["messages"][0]["content"][-1]["text"]: b for b in log["bodies"]}
+    bodies = {said(b): b for b in log["bodies"]}
     body = bodies["two videos"]
     assert body["model"] == "tiny-served" and body["auth"] == "Bearer k-123"
     assert (body["max_tokens"], body["temperature"], body["repetition_penalty"]) == (17, 0.0, 1.05)
@@ -227,7 +235,7 @@ def test_seeds_differ_by_request_and_repeat(server):
     engine.generate([Request((), "seed a"), Request((), "seed b"), Request((), "seed a")])
     seeds: dict[str, set[int]] = {}
     for body in log_of(server)["bodies"]:
-        text = body["messages"][0]["content"][-1]["text"]
+        text = said(body)
         if text.startswith("seed"):
             seeds.setdefault(text, set()).add(body["seed"])
     assert [len(v) for v in seeds.values()] == [1, 1] and seeds["seed a"] != seeds["seed b"]

@@ -87,7 +87,8 @@ def _crop(rng: random.Random, height: int, width: int) -> tuple[int, int, int, i
 def augment(frames: Tensor, how: Augmentation, height: int, width: int) -> Tensor:
     """uint8 [F, H, W, 3] -> uint8 [F, height, width, 3] on the frames' device.
 
-    Every step works on bytes, as there; sums are over whole numbers and products stand alone, so that devices agree.
+    Every step works on bytes, as there. Sums are over whole numbers and products stand alone, so that no device has a
+    reason to round otherwise; not run on a GPU yet.
 
     Raises:
         ValueError: the crop is not inside the frames, or another dtype or shape.

@@ -11,13 +11,17 @@ from scripted_questions import QuestionReader, Talker, context, items
 from tempo_fast.config import GenerationConfig, LeanPOPairsConfig, MDPOPairsConfig, PairsConfig, VideoConfig
 from tempo_fast.config.pairs import check_pairs
 from tempo_fast.errors import InputError
+from tempo_fast.evaluation.trust import add_rewards, trust_reward_correlation
+from tempo_fast.generation import make_engine
 from tempo_fast.pairs.answers import prompt_of
 from tempo_fast.pairs.items import question_items
 from tempo_fast.pairs.leanpo import HINT_PROMPT, KIND, REFLECT_PROMPT, make_leanpo, quotes_hint
 from tempo_fast.pairs.metrics import rouge_l
 from tempo_fast.pairs.run import make_pairs
 from tempo_fast.schema import PreferenceRecord, QARecord, read_records
+from tempo_fast.trees.vision import FeatureCache
 from tempo_fast.video.augment import Augmentation, draw_augmentation
+from tempo_fast.video.reader import VideoReader
 
 
 def config(**how):
@@ -226,10 +230,6 @@ def bundle():
 
 
 def model_run(bundle, many, own, out):
-    from tempo_fast.generation import make_engine
-    from tempo_fast.trees.vision import FeatureCache
-    from tempo_fast.video.reader import VideoReader
-
     video = VideoConfig(backend="pyav", fps=2, min_frames=4, max_frames=32, min_pixels=3136, max_pixels=4704)
     reader = VideoReader(video, bundle.geometry)
     engine = make_engine(GenerationConfig(max_new_tokens=24, batch_size=8), bundle, reader, FeatureCache(), 0)
@@ -246,6 +246,11 @@ def test_a_real_model_and_real_videos(world, bundle, tmp_path):
         assert set(x.provenance["scores"]) == {"metric", "chosen", "rejected"}
         assert 20 <= x.provenance["augment"]["height"] < 112 and x.provenance["frames"]["chosen"] >= 4
     assert model_run(bundle, many[:1], config(), tmp_path / "alone")[0] == records[:1]
+
+    video = VideoReader(VideoConfig(backend="pyav", fps=2, max_frames=8, max_pixels=4704), bundle.geometry)
+    told = trust_reward_correlation(add_rewards(bundle, video, FeatureCache(), records), resamples=50)
+    assert (told["n"], told["items"]) == (3, 6) and -1 <= told["value"] <= 1
+
     most = replace(config(), method="mdpo", mdpo=MDPOPairsConfig(min_gap=0.1))
     other, audit = model_run(bundle, many, most, tmp_path / "mdpo")
     assert audit["counts"]["questions"] == 3 and len(other) > 0

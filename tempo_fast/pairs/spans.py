@@ -75,6 +75,8 @@ def differing_words(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]
     Returns:
         (ranges of ``chosen``, ranges of ``rejected``), each in order and token-safe.
     """
+    if [w.text for w in words_of(chosen)] == [w.text for w in words_of(rejected)]:
+        return [], []  # cut into other sentences, perhaps
     sides = [[words_of(t, s, e) for s, e in sentence_spans(t)] for t in (chosen, rejected)]
     keys = [[" ".join(w.text for w in words) for words in side] for side in sides]
     marked: tuple[list[Span], list[Span]] = [], []

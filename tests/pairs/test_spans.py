@@ -191,7 +191,7 @@ def test_every_span_has_tokens_and_they_cover_it(tokenizer, data):
             # white space in a token of its own is left out
             assert {i for i in range(start, end) if not text[i].isspace()} <= covered
             beyond = {text[i] for i in covered - set(range(start, end))}
-            # a token may reach over a mark or a space that is tied to it, or over a character of an unspaced script; and
+            # a token may reach over a mark or a space tied to it, or over a character of an unspaced script; and
             # where a range ends in a mark, over the word that is tied to that
             ends_in_word = text[end - 1].isalnum() and text[start].isalnum()
             assert not ends_in_word or not any(c.isalnum() and c not in "红色かな" for c in beyond)

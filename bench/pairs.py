@@ -306,7 +306,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu",), default="cpu")
     parser.add_argument("--json", help="also write the rows to this file, as they come")
     parser.add_argument("--work", help="folder that keeps videos and answers; default: a temporary one")
-    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--videos", type=int, default=48)
     parser.add_argument("--again", type=int, default=4, help="every so-many-th film repeats events (default 4)")
     parser.add_argument("--longest", type=int, default=0, help="leave out films of more clips; 0 is no limit")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +27,39 @@ log = logging.getLogger("tempo_fast")
 
 
 def curate(run: Run) -> dict[str, Any]:
-    """Videos to clips: ``curate/clips.jsonl`` and the quarantine."""
-    from tempo_fast.curate import curate_folder, list_videos
+    """Videos to clips: ``curate/clips.jsonl`` and the quarantine. Every process takes its share."""
+    from tempo_fast.curate import CurateJob, list_videos
 
     config = run.config
     paths = list_videos(run.data.videos)
     stamps = [[str(p), *_stamp(p)] for p in paths]
-    # processes do not decide results, and so neither what is done again
-    settings = dataclasses.replace(config.curate, workers=0)
+    # processes and patience do not decide results, and so neither what is done again
+    settings = dataclasses.replace(config.curate, workers=0, timeout_s=0.0)
     # a new process costs seconds, a short video less than one
     workers = config.curate.workers or max(1, min(os.cpu_count() or 1, len(paths) // 20))
 
     def work() -> dict[str, Any]:
-        found = curate_folder(paths, settings, run.out / "curate", workers=workers, backend=config.video.backend)
-        if not found.clips:
-            reasons = [*found.quarantined, *found.filtered]
+        job = CurateJob(paths, config.curate, run.out / "curate", workers=workers, backend=config.video.backend)
+        with closing(job):
+            job.run(this_shard())
+            run.await_shards("curate", job.missing)
+            found = job.merge()
+        quarantined, filtered = found.quarantined, found.filtered
+        if not found.n_usable:
+            reasons = [*quarantined, *filtered]
             first = f" (first: {reasons[0]['video']}: {reasons[0]['reason']})" if reasons else ""
             raise InputError(f"data.videos: none of {len(paths)} videos is usable{first}")
         return {
             "videos": len(paths),
-            "usable": len(found.clips),
-            "quarantined": found.quarantined,
-            "filtered": found.filtered,
-            "clips": sum(len(c.clips) for c in found.clips),
+            "usable": found.n_usable,
+            "quarantined": quarantined,
+            "filtered": filtered,
+            "clips": found.n_clips,
         }
 
     outputs = [run.out / "curate" / "clips.jsonl"]
-    return run.step("curate", [settings, config.video.backend, stamps], work, outputs=lambda: outputs)
+    inputs = [settings, config.video.backend, stamps]
+    return run.step("curate", inputs, work, outputs=lambda: outputs, collective=True)
 
 
 def pairs(run: Run) -> dict[str, Any]:

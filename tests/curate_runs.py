@@ -1,0 +1,30 @@
+"""Runs of curation in processes of their own, which tests kill; processes import this file by its name."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tempo_fast.config import CurateConfig
+from tempo_fast.curate import curate_folder, list_videos
+from tempo_fast.curate.work import curate_file
+from tempo_fast.runtime.shards import Shard
+
+
+def run(videos: str, out: str, workers: int = 1, index: int = 0, count: int = 1) -> None:
+    """One process of a curation."""
+    curate_folder(list_videos(videos), CurateConfig(), out, workers=workers, shard=Shard(index, count))
+
+
+def misbehave(job: Any, shared: Any, report: Any) -> Any:
+    """Curates, but a file named crash.mp4 ends its process, and hang.mp4 never ends."""
+    name = Path(job.path).name
+    if name == "crash.mp4":
+        os.abort()
+    if name == "hang.mp4":
+        time.sleep(600)
+    if name == "memory.mp4":
+        raise MemoryError
+    return curate_file(job, shared, report)

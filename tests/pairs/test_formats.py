@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.formats import PIECES
 from tempo_fast.errors import InputError
 from tempo_fast.pairs.formats import FORMATS, Problem, iter_pairs, read_pairs, write_pairs
 from tempo_fast.pairs.formats.layouts import LAYOUTS
@@ -21,7 +23,8 @@ from tempo_fast.pairs.spans import differing_spans, union
 from tempo_fast.schema import PreferenceRecord, Rejected
 
 FOREIGN = [f for f in FORMATS if f != "native"]
-text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(lambda s: s.strip())
+letters = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+text = (letters | st.lists(st.sampled_from(PIECES), min_size=1).map("".join)).filter(lambda s: s.strip())
 COLUMNS = sorted({*OTHER_MEDIA, OWN, *(c for layout in LAYOUTS.values() for c in [*layout.columns, *layout.schema])})
 value = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
 
@@ -49,6 +52,10 @@ def one(tmp_path: Path, row: dict[str, Any], fmt: str = "auto", **kwargs: Any) -
 @pytest.mark.parametrize("detected", [True, False])
 def test_round_trip(tmp_path, fmt, detected):
     records = [record(0), record(1, texts=("Other.", "More.", "Ünicode “x”.")), record(2, texts=("A.",))]
+    for video, first in product(("v.mp4", ""), ("<video>", "<image>", " ")):
+        tags = first + "\n<video> <image>\n<MASK>x</MASK> </MASK> "
+        answers = [Rejected(tags + "no", "drop", 8, spans=[[2, 5]], chosen_spans=[[0, 4], [4, 9]])]
+        records.append(PreferenceRecord(f"{first}/{video}", video, tags, tags + "yes", answers, 8, [[0, 9]]))
     path = tmp_path / "x.jsonl"
     write_pairs(path, records, fmt)
     assert read_pairs(path, "auto" if detected else fmt) == records
@@ -400,6 +407,7 @@ def test_wrong_types_and_empty_files(tmp_path):
         ({"r": True}, "r"),
         ({"spans": [[0, 99]]}, "spans"),
         ({"spans": [[2, 1]]}, "spans"),
+        ({"spans": [[-1, 2]]}, "spans"),
         ({"spans": [[0, 1, 2]]}, "spans"),
         ({"spans": [[0.0, 1]]}, "spans"),
         ({"spans": "x"}, "spans"),

@@ -43,3 +43,15 @@ def pairs_job(run: Run) -> Any:
     judge = make_judge(config.judge, config.seed)
     folder, prompts = run.out / "pairs", run.data.prompts
     return PairsJob(pair_items(run), config.pairs, folder, engine, run.reader, judge, config.seed, prompts)
+
+
+def check_questions(run: Run) -> None:
+    """Read data.questions and look up the metrics that score their answers. Raises InputError."""
+    from tempo_fast.pairs.metrics import metric_of
+
+    p = run.config.pairs
+    references = [q.answer for item in pair_items(run) for q in item.questions]
+    if p.method in ("leanpo", "mdpo"):
+        metric_of(getattr(p, p.method).metric, f"pairs.{p.method}.metric", references)
+    if p.select.samples:
+        metric_of(p.select.metric, "pairs.select.metric", references)

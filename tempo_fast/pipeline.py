@@ -18,7 +18,7 @@ from typing import Any
 from tempo_fast.config import RunConfig
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, file_digest, read_json, to_plain, write_json
-from tempo_fast.jobs import made_by, pair_items, pair_source, pairs_job
+from tempo_fast.jobs import check_questions, made_by, pair_items, pair_source, pairs_job
 from tempo_fast.runs import SHARED, STEPS, Run, Unfinished, summarize
 from tempo_fast.runtime.shards import this_shard
 from tempo_fast.schema import Clips, PreferenceRecord, Question, SFTRecord, Truth, read_records, resolve_videos
@@ -296,7 +296,7 @@ def preflight(run: Run, steps: list[str]) -> None:
 
         PromptPool(run.data.prompts)
     if "pairs" in steps and run.config.pairs.method != "temple":
-        pair_items(run)
+        check_questions(run)
 
 
 def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def run_steps(config: RunConfig, steps: tuple[str, ...] | list[str]) -> dict[str
                 if name in ("eval", "report") and rank > 0:
                     continue  # the first rank alone does these, and nothing comes after them
                 if name == "curate" and config.pairs.method != "temple":
-                    log.info("curate: pairs.method %s takes its videos from data.questions, skipped", config.pairs.method)
+                    log.info("curate: pairs.method %s needs no clips, skipped", config.pairs.method)
                     continue
                 if name == "eval" and not (run.data.eval_truth or run.data.eval_questions):
                     log.info("eval: no held-out data given, skipped")

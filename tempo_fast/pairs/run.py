@@ -88,6 +88,10 @@ class PairsJob:
             self.provenance["judge"] = self.judge.provenance()
         # the page for a reader's eyes changes no record
         told = [replace(c, max_videos=0, bucket_videos=1, audit_pairs=0), self.provenance, self.reader.settings]
+        self.references = [q.answer for item in self.items for q in item.questions]
+        scored = {"mdpo": c.mdpo.metric, "leanpo": c.leanpo.metric}.get(c.method, "")
+        if "cider_d" in (scored, c.select.metric if c.select.samples else ""):
+            told.append(self.references)  # its document frequencies are of all of them
         settings = digest([_RULES, told, file_digest(self.prompts) if self.prompts else ""])
         self.parts = Parts(self.items, self.config, self.out, settings)
 
@@ -98,7 +102,9 @@ class PairsJob:
         with ExitStack() as stack:
             ask = self._ask("answers", bucket, self.engine, quiet, stack)
             judge = None if self.judge is None else self._ask("judge", bucket, self.judge, quiet, stack)
-            context = Context(ask, judge, self.reader, self.config, self.seed, self.pool, self.provenance)
+            context = Context(
+                ask, judge, self.reader, self.config, self.seed, self.pool, self.provenance, self.references
+            )
             part = self._make(bucket.items, context)
         self.parts.keep(bucket, part)
 

@@ -141,10 +141,13 @@ def _cards(run: RunFiles) -> str:
 def _strips(run: RunFiles, config: RunConfig, sheet: Sheet) -> str:
     if not any(run.records.values()):
         return gap("No pairs yet: run the step pairs")
-    parts = [
-        "<p class='lead'>Numbers are the clips' places in the real video. A chosen answer tells them in order; a "
-        "rejected one as below. Frames that are not in their own place have a coloured edge.</p>"
-    ]
+    lead = (
+        "Numbers are the clips' places in the real video. A chosen answer tells them in order; a rejected one as "
+        "below. Frames that are not in their own place have a coloured edge."
+        if config.pairs.method == "temple"
+        else "What differs between two answers is marked."
+    )
+    parts = [f"<p class='lead'>{lead}</p>"]
     for place, (r, records) in enumerate(run.records.items()):
         if not records or config.report.pairs < 1:
             continue

@@ -65,7 +65,10 @@ def thumbnails(clips: Clips) -> list[bytes]:
 
 
 def record_card(run: RunFiles, record: PreferenceRecord, sheet: Sheet, most: int) -> str:
-    """One record: the clean strip with the chosen answer, then a strip per rejected answer."""
+    """One record: the clean strip with the chosen answer, then a strip per rejected answer; texts alone where the
+    pairs were made of questions, and not of clips."""
+    if record.provenance.get("method", "temple") != "temple":
+        return _words(record, most)
     clips = find_clips(run, record.video)
     names: list[str] = []
     note, shape = "", "1"
@@ -88,6 +91,19 @@ def record_card(run: RunFiles, record: PreferenceRecord, sheet: Sheet, most: int
     for x in record.rejected:
         detail = f"{x.broken:.0%} of adjacencies broken" if x.kind != "drop" else f"{x.kept:.0%} of clips kept"
         parts.append(_row(x.kind, detail, names, x.order, x.text, x.spans, most, shape, x.blank))
+    return "".join(parts) + "</article>"
+
+
+def _words(record: PreferenceRecord, most: int) -> str:
+    parts = [
+        '<article class="record">',
+        f'<p class="meta"><b>{escape(Path(record.video).name)}</b> · “{escape(record.prompt)}”</p>',
+        _row("chosen", "", [], [], record.chosen, record.spans, most, "1"),
+    ]
+    for x in record.rejected:
+        seen = [f"{x.kept:.0%} of the frames seen"] if x.kept < 1 else []
+        seen += [f"{x.broken:.0%} of adjacencies broken"] if x.broken else []
+        parts.append(_row(x.kind, ", ".join(seen), [], [], x.text, x.spans, most, "1"))
     return "".join(parts) + "</article>"
 
 
@@ -125,10 +141,8 @@ def _row(
         picked = sorted({round(i * (len(order) - 1) / (most - 1)) for i in range(most)})  # type: ignore[assignment]
     cut = f"; {len(picked)} of {len(order)} clips shown" if len(picked) < len(order) else ""
     body = "" if told else f"<p class='answer'>{mark(text, spans)}</p>"
-    return (
-        f'<div class="strip {kind}"><h5><em>{kind}</em> {escape(detail)}{cut}</h5>'
-        f"{film(kind, names, order, shape, blank, told, picked)}{body}</div>"
-    )
+    shown = film(kind, names, order, shape, blank, told, picked) if order else ""
+    return f'<div class="strip {kind}"><h5><em>{kind}</em> {escape(detail)}{cut}</h5>{shown}{body}</div>'
 
 
 def film(

@@ -171,8 +171,8 @@ class VideoReader:
         return replace(plan, indices=shown, blank=tuple(blank) if any(blank) else ())
 
     def plan_sparse(self, path: str | os.PathLike[str], n_frames: int, augment_seed: int | None = None) -> FramePlan:
-        """Plan few frames of a whole file: ``n_frames`` of the sampled ones, evenly from the first to the last (the first
-        alone), as LeanPO takes them.
+        """Plan few frames of a whole file: ``n_frames`` of the sampled ones, evenly from the first to the last (the
+        first alone), as LeanPO takes them.
 
         With a seed they are augmented (``video.augment``) to squares as large as the whole frames would be, in pixels.
         """

@@ -15,20 +15,9 @@ from typing import Any
 
 from tempo_fast.schema import Rejected
 
-REASONS = (
-    "identity",
-    "empty",
-    "equal_to_chosen",
-    "drop_not_shorter",
-    "chosen_in_rejected",
-    "length_ratio",
-    "duplicate",
-    "video_failed",
-)
-
 
 def reject_reason(chosen: str, rejected: str, kind: str, max_length_ratio: float) -> str | None:
-    """Why a pair is no pair, one of REASONS, or None when it is one. Lengths are in characters."""
+    """Why a pair is no pair, in a word for the audit, or None when it is one. Lengths are in characters."""
     if not rejected.strip():
         return "empty"
     if rejected == chosen:

@@ -55,7 +55,7 @@ def make_rrpo(items: Sequence[Item], context: Context) -> Part:
     """One record per question and r, with one rejected answer per kind; see method.Method.
 
     ``counts`` are questions by kind, answers by verdict, and spans by how they were found. Filter reasons beside those
-    of filters.REASONS: no_reference, chosen_not_right, right, undecided, no_difference, spans_unaligned.
+    of filters.reject_reason: no_reference, chosen_not_right, right, undecided, no_difference, spans_unaligned.
 
     Raises:
         InputError: ``pairs.rrpo.rejected: rewritten`` without a judge; the engine's own trouble.

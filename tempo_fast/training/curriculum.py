@@ -96,7 +96,8 @@ class Curriculum:
     def items(self, bundle: Bundle, r: int) -> list[Item]:
         """Trees of one difficulty; text and plans only, read once."""
         if r not in self._items:
-            found = preference_items(bundle, self.ctx.reader, self.load_records(r))
+            marked = self.config.train.objective.name in ("rrpo", "dpa")  # ddpo weighs what is not marked, too
+            found = preference_items(bundle, self.ctx.reader, self.load_records(r), spans_needed=marked)
             self._items[r] = self._usable(found, "pairs")
         return self._items[r]
 

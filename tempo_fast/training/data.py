@@ -5,6 +5,7 @@ Branch 0 of a preference tree is the chosen answer, branches 1..k the rejected o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from tempo_fast.schema import PreferenceRecord, SFTRecord
 from tempo_fast.trees.layout import ResponseTree, build_tree
 from tempo_fast.trees.packing import check_budget, pack
 from tempo_fast.video.reader import FramePlan, VideoReader
+
+log = logging.getLogger("tempo_fast")
 
 
 @dataclass
@@ -41,25 +44,45 @@ class Items:
     quarantined: list[dict[str, str]] = field(default_factory=list)
 
 
-def preference_items(bundle: Bundle, reader: VideoReader, records: Sequence[PreferenceRecord]) -> Items:
+def preference_items(
+    bundle: Bundle, reader: VideoReader, records: Sequence[PreferenceRecord], *, spans_needed: bool = False
+) -> Items:
     """One tree per record. Text and frame plans only: nothing is decoded.
+
+    Args:
+        spans_needed: leave out, and say so, rejected answers in which no key phrase is marked on either side: a loss
+            over key phrases would count them as pairs and learn no preference from them.
 
     Raises:
         InputError: an empty answer (named by record), or no usable record at all.
     """
-    rows = [
-        (
-            record.id,
-            record.video,
-            record.prompt,
-            [record.chosen, *(x.text for x in record.rejected)],
-            [[], *(x.spans for x in record.rejected)],
-            [record.spans_for(x) for x in record.rejected],
-            [x.kind for x in record.rejected],
-        )
-        for record in records
-    ]
-    return _items(bundle, reader, rows, "pairs")
+    rows: list[tuple] = []
+    bare: list[str] = []
+    for record in records:
+        rejected = [x for x in record.rejected if not spans_needed or x.spans or record.spans_for(x)]
+        bare += [record.id] * (len(record.rejected) - len(rejected))
+        if rejected:
+            rows.append(
+                (
+                    record.id,
+                    record.video,
+                    record.prompt,
+                    [record.chosen, *(x.text for x in rejected)],
+                    [[], *(x.spans for x in rejected)],
+                    [record.spans_for(x) for x in rejected],
+                    [x.kind for x in rejected],
+                )
+            )
+    if bare:
+        told = "pairs: %d without a key phrase, which the objective needs, are left out (first: record %s)"
+        log.warning(told, len(bare), bare[0])
+    if not rows and bare:
+        raise InputError(f"pairs: no key phrase is marked in any record (first: {bare[0]}), the objective needs them")
+    items = _items(bundle, reader, rows, "pairs")
+    lost = [i.tree.id for i in items.items for _ in i.tree.unaligned] if spans_needed else []
+    if lost:
+        log.warning("pairs: %d key phrases cover no token of their answer (first: record %s)", len(lost), lost[0])
+    return items
 
 
 def sft_items(bundle: Bundle, reader: VideoReader, records: Sequence[SFTRecord]) -> Items:

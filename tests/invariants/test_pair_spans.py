@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tempo_fast.errors import InputError
 from tempo_fast.pairs.spans import differing_spans
 from tempo_fast.reference.fill import reference_mode
 from tempo_fast.schema import PreferenceRecord, Rejected
@@ -93,3 +94,18 @@ def test_spans_of_the_record_serve_records_made_elsewhere(outcome: Callable[...,
     assert (loss, metrics) == (expected_loss, expected_metrics)
     assert all(torch.equal(gradients[name], value) for name, value in expected.items())
     assert metrics["spans/missing"] == 0
+
+
+def test_a_pair_without_key_phrases_is_left_out_by_name(tiny_lora, reader, make_plan, monkeypatch, caplog) -> None:
+    """A loss over key phrases would count it as a pair and learn nothing from it."""
+    monkeypatch.setattr(reader, "plan", lambda video: make_plan(video, 3), raising=False)
+    records = make_records()
+    for record, bare in zip(records, (1, 2), strict=True):
+        for x in record.rejected[:bare]:
+            x.spans, x.chosen_spans = [], []
+    found = preference_items(tiny_lora, reader, records, spans_needed=True).items
+    assert [(i.tree.id, len(i.kinds), len(i.tree.branches)) for i in found] == [("r0", 2, 3)]
+    assert "3 without a key phrase" in caplog.text and "record r0" in caplog.text
+    assert len(preference_items(tiny_lora, reader, records).items) == 2
+    with pytest.raises(InputError, match=r"no key phrase is marked in any record \(first: r1\)"):
+        preference_items(tiny_lora, reader, records[1:], spans_needed=True)

@@ -340,6 +340,35 @@ def test_a_tag_inside_the_text(tmp_path):
 # bad rows
 
 
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [p for key, v in inner for p in places(v, (*path, key))]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_anything_anywhere_is_a_problem_or_fine(tmp_path_factory, fmt, data):
+    """One value of a row replaced or taken away, our column's too: no other error, and the row after it survives."""
+    path = tmp_path_factory.mktemp("f") / "x.jsonl"
+    write_pairs(path, [record(0, texts=("It grows.",)), record(1, texts=("Ends.",))], fmt)
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    if fmt != "native":
+        first["tempo_fast"] = json.loads(first["tempo_fast"])
+    *way, last = data.draw(st.sampled_from(places(first)))
+    spot: Any = first
+    for key in way:
+        spot = spot[key]
+    if data.draw(st.booleans()):
+        spot[last] = data.draw(value | st.lists(value, max_size=2) | st.dictionaries(text, value, max_size=2))
+    else:
+        del spot[last]
+    found: list[Problem] = []
+    got = read_pairs(put(path, first, second), fmt, problems=found.append)
+    assert got[-1] == record(1, texts=("Ends.",))
+    assert len(got) == 2 or [(p.line, p.kept) for p in found] == [(1, False)]
+
+
 @pytest.mark.parametrize(
     ("fmt", "field", "inside"),
     [

@@ -13,6 +13,7 @@ import pytest
 
 from bench import formats as bench
 from bench.formats import KINDS, NEEDED, SPOILED, broken, chains, content, many_records, memory, random_records
+from tempo_fast.files import read_json
 from tempo_fast.pairs.formats import FORMATS, read_pairs, write_pairs
 
 BOUND_MIB = 6
@@ -66,6 +67,27 @@ def test_a_list_of_all_records_would_be_seen(tmp_path):
     size = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
     assert len(held) == 400 and 10 * size > 2 * BOUND_MIB
+
+
+def test_the_command(tmp_path, capsys):
+    words = [
+        "--records",
+        "30",
+        "--memory",
+        "100",
+        "400",
+        "--kinds",
+        "native",
+        "trl",
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
+    assert bench.main(words) == 0
+    found = read_json(tmp_path / "x.json")
+    assert found["lost"] == [] and [row["kind"] for row in found["rows"]] == ["native", "trl"]
+    assert all(row["named"] and row["others"] for row in found["broken"])
+    assert "4 chains of 30 records, 0 lose something" in capsys.readouterr().out
+    assert bench.main([*words[:5], "--kinds", "trl", "--bound", "-99"]) == 1
 
 
 @pytest.mark.parametrize("kind", NEEDED)

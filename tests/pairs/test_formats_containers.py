@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,18 @@ def test_arrow_of_others(tmp_path):
         got = read_pairs(tmp_path / name)
         assert [(x.video, x.prompt, x.provenance) for x in got] == [("v.mp4", "Q", {}), ("", "Q", {})]
     bad = pa.array([b"good", b"\xff", b"fine"]).cast(pa.binary()).view(pa.string())
-    columns = {"video": ["v.mp4"] * 3, "prompt": bad, "chosen": ["c"] * 3, "rejected": ["r"] * 3}
+    columns = {
+        "key": [b"\xff", None, b"k"],
+        "video": ["v.mp4"] * 3,
+        "prompt": bad,
+        "chosen": ["c"] * 3,
+        "rejected": ["r"] * 3,
+    }
     pq.write_table(pa.table(columns), tmp_path / "z")
     assert numbers(tmp_path / "z") == [2]
-    assert [x.prompt for x in read_pairs(tmp_path / "z", problems=quiet)] == ["good", "fine"]
+    assert [(x.prompt, x.provenance["extra"]) for x in read_pairs(tmp_path / "z", problems=quiet)] == [
+        ("good", [{"key": {"base64": "/w=="}}]), ("fine", [{"key": {"base64": "aw=="}}]),
+    ]  # fmt: skip
     write_pairs(tmp_path / "w.parquet", random_records(3000))
     whole = (tmp_path / "w.parquet").read_bytes()
     (tmp_path / "w.parquet").write_bytes(whole[:400_000] + bytes(200_000) + whole[600_000:])
@@ -224,6 +233,18 @@ def test_arrow_of_others(tmp_path):
     left = read_pairs(tmp_path / "w.parquet", problems=found.append)
     assert left == list(random_records(3000))[: len(left)] and 0 < len(left) < 3000
     assert [p.line for p in found] == [len(left) + 1] and "damaged from here on" in found[0].reason
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "x.parquet", random_records(3))
+    monkeypatch.setitem(sys.modules, "tempo_fast.pairs.formats.arrow", None)
+    for call in (
+        lambda: read_pairs(tmp_path / "x.parquet"),
+        lambda: write_pairs(tmp_path / "y.parquet", random_records(3)),
+    ):
+        with pytest.raises(InputError, match=r"pip install tempo-fast\[formats\]"):
+            call()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.parquet"]
 
 
 def test_a_zipped_file_that_is_cut(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import math
@@ -99,7 +100,7 @@ def text_of(row: Mapping[str, Any], name: str, at: str = "") -> str:
 
 
 def plain(value: Any, *, nulls: bool = True) -> Any:
-    """As JSON can hold it: dates and the like as text, numbers that are not finite as null.
+    """As JSON can hold it: dates and the like as text, bytes as base64, numbers that are not finite as null.
 
     ``nulls=False`` also leaves out the null fields of objects, which Arrow puts wherever a row lacks one.
     """
@@ -110,7 +111,7 @@ def plain(value: Any, *, nulls: bool = True) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
+        return {"base64": base64.b64encode(value).decode()}
     return value if value is None or isinstance(value, (str, int)) else str(value)
 
 
@@ -207,6 +208,9 @@ def own_of(row: Row) -> Row | None:
             raise RowError(OWN, f"is not what this program writes ({e})") from e
     if own is not None and not isinstance(own, dict):
         raise RowError(OWN, f"is not what this program writes ({type(own).__name__})")
+    for name in ("record", "rejected", EXTRA):
+        if own and not isinstance(own.get(name, {}), dict):
+            raise RowError(OWN, f"is not what this program writes ({name}: {type(own[name]).__name__})")
     return own or None
 
 

@@ -119,7 +119,10 @@ def _spans(row: ForeignRow, name: str, text: str, own: str) -> list[Span] | None
     masked = row.text(name)
     if row.own is not None:
         known = [row.own.get("rejected", {}).get(own, []), row.own.get("record", {}).get("spans", [])]
-        if masked in [mask(text, spans) for spans in known]:
+        try:
+            if masked in [mask(text, spans) for spans in known]:
+                return None
+        except (TypeError, ValueError):  # no ranges at all, which the record's own check says
             return None
     spans, lost = unmask(text, masked)
     for phrase in lost:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from tempo_fast.config import GenerationConfig
+from tempo_fast.config import GenerationConfig, JudgeConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation import Request, make_engine, openai_engine
+from tempo_fast.generation import Request, make_judge, openai_engine
 from tempo_fast.generation.openai_engine import OpenAIEngine
 
 # Answers with the number of images and the words it got. A prompt "fail K CODE" fails K times, "drop" hangs up once.
@@ -40,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
     def do_GET(self):
         if self.path == "/v1/models": self.reply(200, {"data": [{"id": "tiny-served"}, {"id": "other"}]})
+        elif self.path == "/vllm/models": self.reply(200, {"data": [{"id": "v", "owned_by": "vllm"}]})
         elif self.path == "/empty/models": self.reply(200, {"data": []})
         elif self.path == "/log": self.reply(200, {"bodies": bodies, "seen": seen, "most": most})
         else: self.reply(404, {"error": "no such page"})
@@ -242,16 +243,50 @@ def test_seeds_differ_by_request_and_repeat(server):
     assert engine.provenance()["seed"] == 3
 
 
-def test_vllm_is_refused_where_it_would_tell_the_time_itself(successor, reader):
-    with pytest.raises(InputError, match=f"vllm writes the prompts of {successor.family.name} itself"):
-        make_engine(GenerationConfig(engine="vllm"), successor, reader, None, 0)
+def test_turns_and_settings_of_single_requests(server):
+    engine = engine_of(server, max_new_tokens=9, top_p=0.9)
+    turns = [("own first", "own reply"), ("own second", "")]
+    engine.generate(
+        [
+            Request((Plan("a", 2),), "own last", turns=turns),
+            Request((), "own drawn", temperature=0.7, sample=1),
+            Request((), "own drawn", temperature=0.7, sample=2, top_p=0.5),
+        ]
+    )
+    bodies = [b for b in log_of(server)["bodies"] if said(b).startswith("own")]
+    (asked,) = [b for b in bodies if said(b) == "own last"]
+    assert [m["role"] for m in asked["messages"]] == ["user", "assistant", "user", "assistant", "user"]
+    first = asked["messages"][0]["content"]
+    assert [p["type"] for p in first] == ["image_url", "image_url", "text"] and first[-1]["text"] == "own first"
+    assert [m["content"] for m in asked["messages"][1:]] == ["own reply", "own second", "", "own last"]
+    assert asked["temperature"] == 0 and "top_p" not in asked
+    drawn = [b for b in bodies if said(b) == "own drawn"]
+    assert sorted(b["top_p"] for b in drawn) == [0.5, 0.9] and len({b["seed"] for b in drawn}) == 2
+    assert all(0 <= b["seed"] < 2**31 and "top_k" not in b for b in bodies)
 
 
-def test_vllm_missing_says_what_to_install(tiny, reader):
-    try:
-        import vllm  # noqa: F401
-    except ImportError:
-        with pytest.raises(InputError, match=r"pip install 'tempo-fast\[vllm\]'"):
-            make_engine(GenerationConfig(engine="vllm"), tiny, reader, None, 0)
-    else:
-        pytest.skip("vLLM is installed")
+def test_the_model_is_chosen_by_name(server):
+    engine = engine_of(server, model="other")
+    engine.generate([Request((), "which model")])
+    assert [b["model"] for b in log_of(server)["bodies"] if said(b) == "which model"] == ["other"]
+    assert engine.provenance()["model"] == "other"
+    with pytest.raises(InputError, match=r"does not serve 'third'; it serves tiny-served, other$"):
+        engine_of(server, model="third")
+    assert engine_of(server, "/empty", model="third").model == "third"  # a server that lists nothing
+
+
+def test_vllm_is_told_what_it_would_else_take_from_the_checkpoint(server):
+    engine = engine_of(server, "/vllm")
+    engine.generate([Request((), "to vllm"), Request((), "to vllm too", temperature=1.0)])
+    bodies = {said(b): b for b in log_of(server)["bodies"]}
+    for words in ("to vllm", "to vllm too"):
+        assert [bodies[words][name] for name in ("top_k", "min_p", "repetition_penalty")] == [-1, 0.0, 1.0]
+
+
+def test_the_judge_needs_no_reader(server):
+    assert make_judge(JudgeConfig(), 0) is None
+    judge = make_judge(JudgeConfig(endpoint=server + "/v1", model="other", batch_size=2, max_new_tokens=33), 4)
+    assert judge.generate([Request((), "judge this")]) == ["0 images: judge this"]
+    (body,) = [b for b in log_of(server)["bodies"] if said(b) == "judge this"]
+    assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 33, "other")
+    assert body["messages"] == [{"role": "user", "content": "judge this"}]

@@ -11,6 +11,7 @@ NAMES = {
     "head": "per-token log-prob and KL of the loss head, forward and backward",
     "step": "preference training steps: trees beside rows, with and without a live reference",
     "video": "from a video file to the model's input, on every decoder, beside what other trainers use",
+    "generate": "captions of videos: tokens and videos per second of the answer engines",
     "formats": "preference data through every format and back: losses, rows/s, memory, broken rows",
     "pairs": "preference pairs of videos whose events are known: shots, order, what can be told apart",
     "compile": "every configuration of the Triton kernels compiled without a GPU, and what it would use",

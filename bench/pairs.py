@@ -147,11 +147,11 @@ class Made:
         return {x.video: x.chosen for x in self.records}
 
 
-def configure(out: Path, videos: Path, model: str, settings: dict[str, Any]) -> RunConfig:
-    """The recipe tinyworld on ``videos``, with other ``pairs`` settings."""
+def configure(out: Path, videos: Path, model: str, settings: dict[str, Any], adapter: str = "") -> RunConfig:
+    """The recipe tinyworld on ``videos``, with other ``pairs`` settings, or another ``seed``."""
     config = load_config("tinyworld")
     config.output_dir, config.model.path, config.data.videos = str(out), model, f"{videos}/*.mp4"
-    config.curate.workers = 1
+    config.curate.workers, config.generation.adapter = 1, adapter
     for key, value in settings.items():
         setattr(config, key, value) if key == "seed" else setattr(config.pairs, key, value)
     config.train.stages = []  # of these r there may be no pairs
@@ -313,11 +313,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kinds", nargs="+", default=["drop", "shuffle", "reverse"])
     parser.add_argument("--r", nargs="+", type=int, default=[16, 8, 4, 2])
     parser.add_argument("--model", default="tinyworld", help="who captions (default: the shipped model)")
+    parser.add_argument("--adapter", default="", help="a PEFT adapter on it, such as a stage's of training")
     parser.add_argument("--seed", type=int, default=20, help="of the films")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    env = {**environment(args.device), "model": args.model}
+    env = {**environment(args.device), "model": args.model, "adapter": args.adapter}
     rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -347,7 +348,7 @@ def measure(work: Path, args: argparse.Namespace, env: Row, rows: list[Row]) -> 
         begin = time.perf_counter()
         base = {**MODES[mode], "r": args.r, "kinds": args.kinds}
         made, again = (
-            make(configure(work / mode / name, world / "videos", args.model, {**base, **more}), curated)
+            make(configure(work / mode / name, world / "videos", args.model, {**base, **more}, args.adapter), curated)
             for name, more in (("pairs", {}), ("retold", retold(mode)))
         )
         add(mode, kept_row(made, clips, truths), *told_rows(made, truths))

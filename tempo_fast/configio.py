@@ -198,6 +198,11 @@ def check_objective(config: RunConfig) -> None:
             f"config: train.objective.name: {objective.name} needs {' and '.join(made.extra_inputs)} from its caller,"
             " which the preference stages do not make; use it through tempo_kernels.objectives"
         )
+    if made.needs_kl and config.train.tune_head:
+        raise InputError(
+            f"config: train.tune_head: {objective.name} needs the KL, which cached statistics give only while the head"
+            " is frozen; leave tune_head false"
+        )
     if made.name == "sft":
         raise InputError("config: train.objective.name: sft compares nothing; the SFT stage is train.sft")
 

@@ -15,7 +15,7 @@ from tempo_fast.config.data import (
     VideoConfig,
 )
 from tempo_fast.config.pairs import GenerationConfig, JudgeConfig, PairsConfig, check_generation, check_pairs
-from tempo_fast.config.training import EvalConfig, ReferenceConfig, ReportConfig, TrainConfig
+from tempo_fast.config.training import EvalConfig, ReferenceConfig, ReportConfig, TrainConfig, check_engine
 
 
 @dataclass
@@ -84,7 +84,7 @@ class RunConfig:
         require(0 <= t.warmup_ratio < 1, "train.warmup_ratio", "in [0, 1)", t.warmup_ratio)
         require(t.save_steps >= 1, "train.save_steps", ">= 1", t.save_steps)
         require(t.lora.r >= 1, "train.lora.r", ">= 1", t.lora.r)
-        require(t.engine == "deepspeed" or t.zero_stage == 0, "train.zero_stage", "0 without deepspeed", t.zero_stage)
+        check_engine(t, self.model.dtype)
         check_generation(self.generation, self.judge)
         require(
             self.curate.embedder != "siglip" or bool(self.curate.embedder_path),

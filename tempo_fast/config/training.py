@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tempo_fast.config.check import require
+
 
 @dataclass
 class LoraConfig:
@@ -60,6 +62,14 @@ class TrainConfig:
     """The curriculum, in order."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """The stage after the curriculum."""
+    tune: Literal["lora", "full"] = "lora"
+    """What trains: adapters, or the language model itself. Each stage of ``full`` leaves a directory for
+    ``from_pretrained`` and starts from the one before; its input embedding trains unless a frozen head shares it."""
+    tune_head: bool = False
+    """With ``full``: train the vocabulary head too. Not with an objective that needs the KL: cached statistics give it
+    only under the head they were made with."""
+    tune_vision: bool = False
+    """With ``full``: train the vision tower and the projector too, in every stage."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters of the preference stages (language model only)."""
     learning_rate: float = 5e-6
@@ -90,10 +100,23 @@ class TrainConfig:
     """Checkpoint every so many optimizer steps, and at the end of each stage."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept while a stage runs."""
+    keep_stage_states: bool = False
+    """Keep the last checkpoint of each finished stage (weights and optimizer) beside its result."""
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy in CPU memory: a step waits for the copy alone. A failed write
+    stops the run at its next step, and the next save waits for the one before."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """Plain torch on one process, or DeepSpeed under torchrun."""
     zero_stage: Literal[0, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    """Under ZeRO-2 and -3: float32 weights and moments in CPU memory, updated there."""
+    offload_parameters: bool = False
+    """Under ZeRO-3: this rank's part of the weights in CPU memory too, until they are used."""
+    deepspeed: str = ""
+    """A DeepSpeed JSON file, or the name of a shipped one (zero2, zero3, zero3_offload): its buckets, thresholds and
+    offloading take the place of ours. What this configuration decides (stage, batch, precision, clipping, optimizer)
+    may stand there only with the same value."""
     attention: Literal["auto", "dense", "split", "flash", "flex"] = "auto"
     """Of packed trees. ``flex``: FlexAttention with a block mask, trains on CUDA alone; ``flash``: the flash-attn
     package; ``split``: prompt and branches apart, on torch's own kernels; ``dense``: the model's own attention with a
@@ -132,3 +155,27 @@ class ReportConfig:
     """Film strips per kind and r."""
     strip_frames: int = 24
     """Frames of a film strip."""
+
+
+def check_engine(t: TrainConfig, dtype: str) -> None:
+    """What trains must fit the engine; ``dtype`` of the model. Raises InputError naming the key."""
+    require(t.engine == "deepspeed" or t.zero_stage == 0, "train.zero_stage", "0 without deepspeed", t.zero_stage)
+    require(t.engine == "deepspeed" or not t.deepspeed, "train.deepspeed", "empty without deepspeed", t.deepspeed)
+    require(
+        t.zero_stage >= 2 or not t.offload_optimizer,
+        "train.offload_optimizer", "false below zero_stage 2", t.offload_optimizer,
+    )  # fmt: skip
+    require(
+        t.zero_stage == 3 or not t.offload_parameters,
+        "train.offload_parameters", "false below zero_stage 3", t.offload_parameters,
+    )  # fmt: skip
+    require(t.tune == "full" or not t.tune_head, "train.tune_head", "false unless train.tune is full", t.tune_head)
+    require(
+        t.tune == "full" or not t.tune_vision, "train.tune_vision", "false unless train.tune is full", t.tune_vision
+    )
+    # below stage 2 DeepSpeed's engine updates the weights themselves
+    plain = t.engine == "deepspeed" and t.zero_stage == 0 and dtype != "float32"
+    require(
+        t.tune == "lora" or not plain,
+        "train.zero_stage", f"2 or 3 to train the whole model in {dtype} with deepspeed", t.zero_stage,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tempo_fast.runtime.shards import Shard
 
 
 def run(videos: str, out: str, workers: int = 1, index: int = 0, count: int = 1) -> None:
-    """One process of a curation."""
+    """One process of a curation. Its workers are forked from the server that it was forked from itself, which has all
+    modules: a server of its own would import torch again, for seconds."""
+    forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
     curate_folder(list_videos(videos), CurateConfig(), out, workers=workers, shard=Shard(index, count))
 
 

@@ -171,6 +171,12 @@ class Journals:
         except OSError:
             return False
 
+    def __enter__(self) -> Journals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Give the lock back. Can be called again."""
         for f in (*(file.handle for file in self._files), self._lock):

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tempo_fast.config import RunConfig
+from tempo_fast.config import RunConfig, StageConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import to_plain, write_atomic
 
@@ -185,26 +185,32 @@ def from_plain(data: dict[str, Any], where: str = "config: ", *, options: Sequen
 
 
 def check_objective(config: RunConfig) -> None:
-    """The objective's name and options, which it checks itself. Raises InputError naming the key."""
+    """The objectives' names and options, which they check themselves. Raises InputError naming the key."""
+    from tempo_fast.config.curriculum import objective_of
     from tempo_kernels.objectives import make_objective
 
-    objective = config.train.objective
-    try:
-        made = make_objective(objective.name, **objective.options)
-    except (ValueError, TypeError) as e:
-        raise InputError(f"config: train.objective: {e}") from e
-    if made.extra_inputs:
-        raise InputError(
-            f"config: train.objective.name: {objective.name} needs {' and '.join(made.extra_inputs)} from its caller,"
-            " which the preference stages do not make; use it through tempo_kernels.objectives"
-        )
-    if made.needs_kl and config.train.tune_head:
-        raise InputError(
-            f"config: train.tune_head: {objective.name} needs the KL, which cached statistics give only while the head"
-            " is frozen; leave tune_head false"
-        )
-    if made.name == "sft":
-        raise InputError("config: train.objective.name: sft compares nothing; the SFT stage is train.sft")
+    train = config.train
+    objectives = {"train.objective": train.objective}
+    for i, stage in enumerate(train.stages):
+        if (own := objective_of(stage, train.objective)) != train.objective:
+            objectives[f"train.stages[{i}].objective"] = own
+    for key, objective in objectives.items():
+        try:
+            made = make_objective(objective.name, **objective.options)
+        except (ValueError, TypeError) as e:
+            raise InputError(f"config: {key}: {e}") from e
+        if made.extra_inputs:
+            raise InputError(
+                f"config: {key}.name: {objective.name} needs {' and '.join(made.extra_inputs)} from its caller,"
+                " which the preference stages do not make; use it through tempo_kernels.objectives"
+            )
+        if made.needs_kl and train.tune_head:
+            raise InputError(
+                f"config: train.tune_head: {objective.name} needs the KL, which cached statistics give only while the"
+                " head is frozen; leave tune_head false"
+            )
+        if made.name == "sft":
+            raise InputError(f"config: {key}.name: sft compares nothing; the SFT stage is train.sft")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -264,6 +270,7 @@ def type_name(hint: Any, short: bool = False) -> str:
         bool: ("true or false", "BOOL"),
         str: ("text", "TEXT"),
         list[int]: ("a list of whole numbers", "[INT, ...]"),
+        list[float]: ("a list of numbers", "[NUMBER, ...]"),
         list[str]: ("a list of names", "[NAME, ...]"),
         dict[str, float]: ("a mapping of names to numbers", "{NAME: NUMBER, ...}"),
     }.get(hint, ("a list of mappings", "[{...}, ...]"))
@@ -275,7 +282,9 @@ def nearest_key(key: str) -> str:
     last = key.split(".")[-1]
     if last in _ALIASES:
         return _ALIASES[last]
-    names = [k.name for k in known_keys().values()] + [f"train.stages.0.{f}" for f in ("r", "epochs", "learning_rate")]
+    names = [k.name for k in known_keys().values()] + [
+        f"train.stages.0.{f.name}" for f in dataclasses.fields(StageConfig)
+    ]
 
     def score(name: str) -> float:
         tail = difflib.SequenceMatcher(None, last, name.split(".")[-1]).ratio()
@@ -363,13 +372,22 @@ def _set(data: dict[str, Any], key: str, text: str) -> None:
 def _sentence(message: str) -> tuple[str, str]:
     """(key, one sentence naming it) of jsonargparse's indented paragraphs."""
     key = ".".join(re.findall(r'[Kk]ey "([^"]+)"', message))
-    got = re.search(r"Got value: (.*)", message)
+    got = re.search(r"(?:Got|Given) value: (.*)", message)
     if not key:
         return "", " ".join(message.split())
-    try:
-        expected = type_name(_check_known(key, ""))
-    except InputError:  # the key of a list's entry does not carry its number
-        inner = re.search(r"Expected a (?:<class ')?([^'.]+)", message)
-        words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-        expected = words.get(inner[1] if inner else "", "of another type")
+    hint = _entry_type(key)
+    expected = type_name(hint) if hint is not None else "of another type"
     return key, f"{key} must be {expected}" + (f", got {got[1]}" if got else "")
+
+
+def _entry_type(key: str) -> Any:
+    """The type of a key that does not tell the numbers of the list entries it leads through; None if there is none."""
+    hint: Any = RunConfig
+    for part in key.split("."):
+        while typing.get_origin(hint) is list:
+            hint = typing.get_args(hint)[0]
+        if typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        else:
+            hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint

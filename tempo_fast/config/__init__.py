@@ -5,6 +5,13 @@ A recipe is the YAML form of ``RunConfig``; every key can be overridden on the c
 
 from __future__ import annotations
 
+from tempo_fast.config.curriculum import (
+    AdaptiveConfig,
+    ObjectiveConfig,
+    SFTConfig,
+    StageConfig,
+    StageObjectiveConfig,
+)
 from tempo_fast.config.data import (
     CurateConfig,
     DataConfig,
@@ -25,18 +32,10 @@ from tempo_fast.config.pairs import (
     SelectConfig,
 )
 from tempo_fast.config.run import RunConfig
-from tempo_fast.config.training import (
-    EvalConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    ReferenceConfig,
-    ReportConfig,
-    SFTConfig,
-    StageConfig,
-    TrainConfig,
-)
+from tempo_fast.config.training import EvalConfig, LoraConfig, ReferenceConfig, ReportConfig, TrainConfig
 
 __all__ = [
+    "AdaptiveConfig",
     "CurateConfig",
     "DataConfig",
     "EvalConfig",
@@ -58,6 +57,7 @@ __all__ = [
     "SFTConfig",
     "SelectConfig",
     "StageConfig",
+    "StageObjectiveConfig",
     "TinyworldConfig",
     "TrainConfig",
     "VideoConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tempo_fast.config.check import require
+from tempo_fast.config.curriculum import check_curriculum
 from tempo_fast.config.data import (
     CurateConfig,
     DataConfig,
@@ -52,9 +53,8 @@ class RunConfig:
             self.curate.min_shots <= self.curate.max_shots, "curate.min_shots", "<= max_shots", self.curate.min_shots
         )
         check_pairs(p)
-        for i, stage in enumerate(t.stages):
-            require(stage.r in p.r, f"train.stages[{i}].r", f"one of pairs.r {p.r}", stage.r)
-            require(stage.epochs >= 1, f"train.stages[{i}].epochs", ">= 1", stage.epochs)
+        # the other methods name their own kinds
+        check_curriculum(t.stages, t.adaptive, t.sft, p.r, p.kinds if p.method == "temple" else None)
         for key, value in (
             ("train.learning_rate", t.learning_rate), ("train.weight_decay", t.weight_decay),
             ("train.sft.learning_rate", t.sft.learning_rate), ("train.max_grad_norm", t.max_grad_norm),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tempo_fast.config.check import require
+from tempo_fast.config.curriculum import AdaptiveConfig, ObjectiveConfig, SFTConfig, StageConfig, default_stages
 
 
 @dataclass
@@ -19,49 +20,15 @@ class LoraConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    name: str = "dpo"
-    """One of tempo_kernels.objectives: dpo, cdpo, robust, ipo, hinge, simpo, leanpo, rrpo, ..."""
-    options: dict[str, float] = field(default_factory=lambda: {"beta": 0.1, "sft_weight": 1.0})
-    """The objective's own options, as its docstring names them."""
-
-
-@dataclass
-class StageConfig:
-    r: int = 16
-    """Difficulty of the pairs of this stage."""
-    epochs: int = 1
-    """Passes over them."""
-    learning_rate: float = 0.0
-    """Peak; 0 takes train.learning_rate."""
-
-
-@dataclass
-class SFTConfig:
-    epochs: int = 1
-    """Passes over data.sft; 0 skips the stage."""
-    learning_rate: float = 1e-4
-    """Peak."""
-    alpha: int = 32
-    """LoRA alpha of the SFT adapter."""
-    batch_size: int = 16
-    """Records per optimizer step."""
-    vision_lora: bool = True
-    """Adapters on the vision tower too."""
-    max_steps: int = 0
-    """Stop after this many steps; 0 is all."""
-    control: bool = True
-    """Also run SFT alone from the base model, on the same data, as the control of the evaluation."""
-
-
-@dataclass
 class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Loss of the preference stages."""
-    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig(r=r) for r in (16, 8, 4, 2)])
+    stages: list[StageConfig] = field(default_factory=default_stages)
     """The curriculum, in order."""
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    """Ends stages by what held-out pairs say."""
     sft: SFTConfig = field(default_factory=SFTConfig)
-    """The stage after the curriculum."""
+    """Imitation of data.sft after the curriculum, before it or between its steps."""
     tune: Literal["lora", "full"] = "lora"
     """What trains: adapters, or the language model itself. Each stage of ``full`` leaves a directory for
     ``from_pretrained`` and starts from the one before; its input embedding trains unless a frozen head shares it."""

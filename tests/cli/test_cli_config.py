@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tempo_fast import configio
-from tempo_fast.config import RunConfig
+from tempo_fast.config import RunConfig, StageConfig
 from tempo_fast.configio import describe_keys, known_keys, load_config, nearest_key, save_config, shipped_recipes
 from tempo_fast.errors import InputError
 
@@ -66,7 +66,7 @@ def test_overrides_win_and_keep_the_rest(recipe):
 def test_a_list_is_replaced_and_nothing_of_the_old_one_lives_on(recipe):
     path = recipe("train:\n  stages:\n  - {r: 16, epochs: 3, learning_rate: 1e-3}\n")
     stages = load_config(path, ["--train.stages", "[{r: 4}]"]).train.stages
-    assert [dataclasses.astuple(s) for s in stages] == [(4, 1, 0.0)]
+    assert stages == [StageConfig(r=4)]
 
 
 def test_options_of_an_objective(recipe):
@@ -100,7 +100,8 @@ def test_text_stays_text(recipe):
         ("seed: 1.5", [], "{path}: seed must be a whole number, got 1.5"),
         ("train: 3", [], "{path}: train is a section of keys, got 3"),
         ("train: {stages: 4}", [], "{path}: train.stages must be a list of mappings, got 4"),
-        ("train: {stages: [{r: x}]}", [], "{path}: train.stages.r must be a whole number, got x"),
+        ("train: {stages: [{r: x}]}", [], "{path}: train.stages.r must be a whole number or a list of whole numbers, "
+         "got x"),
         ("video: {backend: cv2}", [], "{path}: video.backend must be one of auto, pyav, torchcodec, dali-cpu, "
          "dali-gpu, got cv2"),
         ("seed: 1", ["--pairs.r", "[16, x]"], "--pairs.r must be a list of whole numbers, got x"),

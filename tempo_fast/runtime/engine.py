@@ -7,7 +7,7 @@ over all ranks multiplies its loss by ``ranks.world``. ``backward`` may be calle
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tempo_fast.config import TrainConfig
 from tempo_fast.errors import InputError
-from tempo_fast.runtime.optimizer import check_names, check_trainable, make_adamw
+from tempo_fast.runtime.optimizer import check_trainable, make_adamw
+from tempo_fast.runtime.pieces import load_pieces, save_pieces, shapes_of, whole
 from tempo_fast.runtime.ranks import Ranks
 
 
@@ -33,19 +34,24 @@ class TrainEngine(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients; returns their norm before clipping, inf when it is not finite.
+        """Clip, update, clear the gradients; returns their norm before clipping, the same on all ranks.
 
-        After inf the torch engine has left weights and moments as they were; DeepSpeed's ZeRO may have spoilt them,
-        so that the caller goes back to a checkpoint.
+        It is inf when the norm is not finite: weights, moments and step count are then as they were.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's weights and optimizer state: plain containers and CPU tensors, for ``torch.save``."""
+        """This rank's part of weights and optimizer state: plain containers and CPU tensors, for ``torch.save``.
+
+        The parts of all ranks hold everything that trains once; see ``runtime/pieces.py``.
+        """
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict`` of the same rank. Raises InputError when it belongs to another set-up."""
+    def load_state_dict(self, state: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+        """Continue from the parts of all ranks, of any number of them and of any engine, this rank's own first.
+
+        Raises InputError when they belong to another model or are not complete.
+        """
         ...
 
     def sync_adapter(self) -> None:
@@ -54,64 +60,61 @@ class TrainEngine(Protocol):
 
 
 class TorchEngine:
-    """One process, plain torch."""
+    """One process, plain torch. Weights that train in bfloat16 have float32 masters; so are gradients summed."""
 
     def __init__(self, module: nn.Module, params: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
-        check_trainable(params)
+        check_trainable(params, config)
         self.module = module
         self.params = dict(params)
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in params.items()
+        }
         self.max_grad_norm = config.max_grad_norm
-        self.optimizer = make_adamw(params, config)
+        self.optimizer = make_adamw(self.masters, config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        if loss.requires_grad:
-            loss.backward()
+        if not loss.requires_grad:
+            return
+        loss.backward()
+        for p, master in self._rounded():
+            if p.grad is not None:
+                grad = p.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                p.grad = None
 
     def step(self, lr: float) -> float:
-        for p in self.params.values():
+        for p in self.masters.values():
             if p.grad is None:  # decayed and averaged like under ZeRO, where every parameter has a gradient
                 p.grad = torch.zeros_like(p)
-        norm = float(nn.utils.clip_grad_norm_(self.params.values(), self.max_grad_norm or math.inf))
+        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm or math.inf))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self._masters_to_weights()
         self.optimizer.zero_grad(set_to_none=True)
         return norm if math.isfinite(norm) else math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "engine": "torch",
-            "weights": {name: _saved(p) for name, p in self.params.items()},
-            "moments": {
-                name: {k: _saved(v) for k, v in self.optimizer.state[p].items()}
-                for name, p in self.params.items()
-                if p in self.optimizer.state
-            },
-        }
+        return save_pieces(whole(self.masters), self.optimizer, shapes_of(self.params), "torch", 1)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("engine") != "torch":
-            raise InputError(f"train.engine: the checkpoint was written by engine {state.get('engine')}, not torch")
-        check_names(state["weights"], self.params)
-        with torch.no_grad():
-            for name, p in self.params.items():
-                p.copy_(state["weights"][name])
-                if name in state["moments"]:
-                    # the step counter stays on the CPU, where AdamW keeps it
-                    self.optimizer.state[p] = {
-                        k: v.clone().to(p.device if v.ndim else "cpu") for k, v in state["moments"][name].items()
-                    }
+    def load_state_dict(self, state: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+        load_pieces(whole(self.masters), self.optimizer, shapes_of(self.params), state)
+        self._masters_to_weights()
 
     def sync_adapter(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _rounded(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(p, m) for p, m in zip(self.params.values(), self.masters.values(), strict=True) if m is not p]
 
-def _saved(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
+    def _masters_to_weights(self) -> None:
+        with torch.no_grad():
+            for p, master in self._rounded():
+                p.copy_(master)
 
 
 def make_train_engine(
@@ -121,8 +124,9 @@ def make_train_engine(
 
     Args:
         module: its forward gives the loss.
-        params: name to trainable parameter, the same order on every rank; float32.
-        config: engine, zero_stage, weight_decay, adam_beta2, max_grad_norm.
+        params: name to trainable parameter, the same order on every rank; float32, or the model's dtype where
+            ``config.tune`` is full.
+        config: engine, zero_stage, deepspeed, offloading, weight_decay, adam_beta2, max_grad_norm.
 
     Raises:
         InputError: DeepSpeed is not installed, the torch engine with several processes, nothing to train.

@@ -1,8 +1,9 @@
 """DeepSpeed: ZeRO stages 0, 2 and 3 under ``torchrun``, or on one process.
 
-DeepSpeed runs in its float32 mode whatever the model's dtype: what trains (the adapters) is float32, and frozen
-bfloat16 weights stay as they are, partitioned in their own dtype under stage 3. A frozen vision tower stays out of the
-partitioning, so that a rank may skip it when its features are cached.
+DeepSpeed runs in its float32 mode whatever the model's dtype: adapters are float32, a model that trains in bfloat16 has
+float32 masters and sums (stages 2 and 3), and frozen bfloat16 weights stay as they are, partitioned in their own dtype
+under stage 3. A frozen vision tower stays out of the partitioning, so that a rank may skip it when its features are
+cached.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from tempo_fast.config import TrainConfig
 from tempo_fast.errors import InputError
 from tempo_fast.runtime.optimizer import check_trainable, make_adamw
+from tempo_fast.runtime.pieces import Slot, load_pieces, save_pieces, shapes_of, share, whole
 from tempo_fast.runtime.ranks import Ranks
-
-_LARGE = 50_000_000  # elements of a communication bucket: 200 MB in float32
+from tempo_fast.runtime.zero_config import zero_config
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -39,48 +40,6 @@ def import_deepspeed(device: torch.device) -> Any:
         ) from e
 
 
-def zero_config(config: TrainConfig, n_trainable: int, *, persist_below: int = 100_000) -> dict[str, Any]:
-    """DeepSpeed's configuration, every value written out.
-
-    Args:
-        n_trainable: elements that train; buckets are no larger.
-        persist_below: under stage 3 parameters with fewer elements are never partitioned.
-    """
-    bucket = max(1000, min(_LARGE, n_trainable))
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.zero_stage >= 2:
-        # several backwards may come before a step; overlapping them with the reduction needs stage 2 and a GPU
-        zero |= {
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        }
-    if config.zero_stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": persist_below,
-            "stage3_prefetch_bucket_size": _LARGE,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
-            "sub_group_size": 1_000_000_000,
-            "stage3_gather_16bit_weights_on_model_save": False,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # step() is the boundary: the number of micro-batches differs from step to step
-        "managed_gradient_accumulation": False,
-        # stage 0 clips in our hook, which also measures
-        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-        "zero_optimization": zero,
-    }
-
-
 class DeepSpeedEngine:
     """A module in ``deepspeed.initialize``. See :class:`tempo_fast.runtime.engine.TrainEngine`."""
 
@@ -93,7 +52,7 @@ class DeepSpeedEngine:
         *,
         persist_below: int = 100_000,
     ) -> None:
-        check_trainable(params)
+        check_trainable(params, config)
         deepspeed = import_deepspeed(ranks.device)
         _join_group(ranks)
         if ranks.device.type == "cpu":
@@ -135,48 +94,40 @@ class DeepSpeedEngine:
                 p.grad = torch.zeros_like(p)
         self._norm = float(nn.utils.clip_grad_norm_(self.params.values(), self.max_grad_norm or math.inf))
         if not math.isfinite(self._norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.0
-            for p in self.params.values():
-                p.grad = torch.zeros_like(p)
+            self.optimizer.skip = True
 
-    # -- state: every rank keeps its own partition -----------------------------------------------------------------
+    # -- state: every rank keeps its own pieces ---------------------------------------------------------------------
 
-    def _masters(self) -> list[Tensor]:
-        """The float32 tensors that AdamW updates on this rank."""
-        zero = self.engine.optimizer
+    def _slots(self) -> list[Slot]:
+        """Where the float32 values lie that AdamW updates on this rank."""
+        zero, slots = self.engine.optimizer, []
         if self.stage == 0:
-            return list(self.params.values())
-        return list(zero.single_partition_of_fp32_groups if self.stage == 2 else zero.fp32_partitioned_groups_flat)
+            return whole(self.params)
+        for name, p in self.params.items():
+            if self.stage == 3:
+                group, offset, size = zero.grad_position[zero.get_param_id(p)]
+                start = size * self.ranks.rank
+                n = min(size, getattr(p, "ds_numel", p.numel()) - start)  # the last part is filled up with zeros
+                owner = zero.fp32_partitioned_groups_flat[group]
+            else:
+                here: Any = getattr(p, "_hp_mapping")  # noqa: B009 - DeepSpeed hangs it on the parameter
+                if here is None:
+                    continue  # another rank's
+                start, n = here.lp_fragment_address.start, here.lp_fragment_address.numel
+                owner = zero.single_partition_of_fp32_groups[here.param_group_index]
+                offset = here.hp_fragment_address.start
+            if n > 0:
+                slots.append(Slot(name, start, n, owner, offset))
+        return slots
 
     def state_dict(self) -> dict[str, Any]:
-        state = self.optimizer.state
-        return {
-            "engine": f"deepspeed-{self.stage}",
-            "world": self.ranks.world,
-            "names": list(self.params),
-            "masters": [m.detach().to("cpu", copy=True) for m in self._masters()],
-            "moments": [
-                {k: v.detach().to("cpu", copy=True) for k, v in state[m].items()} if m in state else {}
-                for m in self._masters()
-            ],
-        }
+        mine = self._slots() if self.stage else share(self._slots(), self.ranks.rank, self.ranks.world)
+        shapes, engine = shapes_of(self.params), f"deepspeed-{self.stage}"
+        return save_pieces(mine, self.optimizer, shapes, engine, self.ranks.world)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        masters = self._masters()
-        ours = {"engine": f"deepspeed-{self.stage}", "world": self.ranks.world, "names": list(self.params)}
-        for key, value in ours.items():
-            if state.get(key) != value:
-                raise InputError(f"checkpoint: its {key} is {state.get(key)!r}, of this run {value!r}")
-        if [m.shape for m in state["masters"]] != [m.shape for m in masters]:
-            raise InputError("checkpoint: its partitions have other sizes than this run's")
+    def load_state_dict(self, state: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+        load_pieces(self._slots(), self.optimizer, shapes_of(self.params), state)
         with torch.no_grad():
-            for master, stored, moments in zip(masters, state["masters"], state["moments"], strict=True):
-                master.data.copy_(stored)
-                if moments:
-                    self.optimizer.state[master] = {
-                        k: v.clone().to(master.device if v.ndim else "cpu") for k, v in moments.items()
-                    }
             self._masters_to_weights()
 
     def _masters_to_weights(self) -> None:
@@ -206,7 +157,8 @@ class DeepSpeedEngine:
         """Full float32 values into plain parameters, DeepSpeed's hooks removed. The engine is done after this."""
         with torch.no_grad(), self._outside:
             if self.stage == 3:
-                _restore_module(self.module, {id(p): self._full(p) for p in self.params.values()}, self.engine)
+                trained = {id(p) for p in self.params.values()}
+                _restore_module(self.module, lambda p: self._full(p) if id(p) in trained else None, self.engine)
                 nn.functional.linear = self._linear  # stage 3 puts its own there for the whole process
             else:
                 self._masters_to_weights()
@@ -270,8 +222,8 @@ _LEFT_BEHIND = (
 )  # fmt: skip
 
 
-def _restore_module(module: nn.Module, trained: dict[int, Tensor], engine: Any) -> None:
-    """Undo stage 3's partitioning: gather what is frozen, put ``trained`` for the rest. Collective."""
+def _restore_module(module: nn.Module, trained: Callable[[nn.Parameter], Tensor | None], engine: Any) -> None:
+    """Undo stage 3's partitioning: put what ``trained`` has, gather the rest. Collective."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     full: dict[int, nn.Parameter] = {}
@@ -279,11 +231,11 @@ def _restore_module(module: nn.Module, trained: dict[int, Tensor], engine: Any) 
         if not hasattr(p, "ds_id"):
             full[id(p)] = p
             continue
-        value = trained.get(id(p))
+        value = trained(p)
         if value is None:
             with GatheredParameters([p]):
                 value = p.data.clone()
-        full[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
+        full[id(p)] = nn.Parameter(value.to(p.dtype), requires_grad=p.requires_grad)
     engine.destroy()
     for m in module.modules():
         entries = list(dict.items(m._parameters))  # DeepSpeed's mapping would gather on access

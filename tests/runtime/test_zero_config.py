@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tempo_fast.config import TrainConfig
-from tempo_fast.runtime.zero import zero_config
+from tempo_fast.runtime.zero_config import zero_config
 
 
 def leaves(value: Any) -> list[Any]:

@@ -4,10 +4,12 @@ On disk::
 
     manifest.json          the identity fields, and what only changes rounding; for people and for refusing a mix-up
     shards/<sha256>.safetensors   one per ``put``; the name is the digest of the file's bytes, the header lists its keys
+    live/                  who uses the folder; only ``tempo-fast reference gc`` looks
 
-Nothing else is needed to open a store: the index is made from the shards' headers. A shard is written aside, synced and
-renamed, so a process killed at any moment leaves whole shards only. A shard is verified against its name the first time
-it is used; a damaged one is deleted and its answers are missing again.
+Nothing but the shards is needed to open a store: the index is made from their headers. A shard is written aside, synced
+and renamed, so a process killed at any moment leaves whole shards only, and any number of processes on any number of
+machines may write: no lock is taken. A shard is verified against its name the first time it is used; a damaged one is
+deleted and its answers are missing again. After that answers are read through memory maps.
 
 Shapes: N response tokens of all asked-for answers, D hidden size.
 """
@@ -15,11 +17,14 @@ Shapes: N response tokens of all asked-for answers, D hidden size.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 import os
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +34,31 @@ from torch import Tensor
 from tempo_fast.errors import InputError
 from tempo_fast.files import canonical_json, digest, drop_stale, file_digest, read_json, write_atomic, write_json
 from tempo_fast.models.load import Bundle
+from tempo_fast.reference.holders import Holder
+from tempo_fast.reference.shard import (
+    FORMAT,
+    MEAN,
+    SCALARS,
+    SUFFIX,
+    Header,
+    Mapped,
+    Row,
+    digest_of,
+    encode,
+    read_header,
+    tensors_of,
+)
 from tempo_fast.trees.attention import choose
 from tempo_fast.trees.layout import ResponseTree
 from tempo_kernels.head import HeadStatistics
 
 log = logging.getLogger("tempo_fast")
 
-FORMAT = 1
-_SCALARS = ("logp", "lse")
-_MEANS = ("mean_logit", "mean_embedding")
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 1024  # a map holds no file handle
+_THREADS = 8  # a shared file system answers many at once; hashing lets go of the interpreter
+_PATIENCE_S = 10.0  # another machine may see a new file that much later
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 def reference_fields(bundle: Bundle) -> dict[str, Any]:
@@ -66,66 +86,93 @@ class Entry(NamedTuple):
     shard: str
     start: int
     n: int
-    kl: bool
 
 
 class ReferenceStore:
-    """Statistics of one reference in one folder.
+    """Statistics of one reference in one folder. Threads may share it.
 
     Args:
         root: folder, made on the first use. Several processes may use it at once.
         fields: what identifies the reference and everything else that decides its statistics and is not in a record:
             digests of weights and head, and so on. JSON values.
         compatible: what only changes rounding (dtype, versions); kept in the manifest, a difference is logged.
+        form: in what form the KL's part is kept: ``mean_embedding``, or ``hidden_form(dtype)``.
 
     Attributes:
-        kl: whether entries must hold what the exact KL needs; the default of ``missing`` and ``get``.
-        hits, misses: answers that ``get`` found and did not find.
+        kl: whether entries must hold what the exact KL needs; the default of ``missing``, ``get`` and ``read``.
+        hits, misses: answers that were asked for and found, or not found.
 
     Raises:
         InputError: the folder holds another reference's statistics (the field is named) or cannot be written.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], fields: Mapping[str, Any], *, compatible: Mapping[str, Any] | None = None
+        self,
+        root: str | os.PathLike[str],
+        fields: Mapping[str, Any],
+        *,
+        compatible: Mapping[str, Any] | None = None,
+        form: str = MEAN,
     ) -> None:
         self.root = Path(root)
         self.fields = dict(fields)
+        self.form = form
         self.kl = False
         self.hits = self.misses = 0
         self._identity = digest(self.fields)
         self._shards = self.root / "shards"
-        self._index: dict[str, Entry] = {}
+        self._lock = threading.RLock()
+        self._index: dict[str, dict[str, Entry]] = {}  # by form
+        self._spare: dict[tuple[str, str], list[Entry]] = {}  # the same answer in other shards, by form and key
+        self._headers: dict[str, Header] = {}
         self._known: set[str] = set()
         self._sound: set[str] = set()
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, Mapped] = OrderedDict()
         self._check_manifest(dict(compatible or {}))
+        self.holder = Holder(self.root)  # before the shards are listed
         drop_stale(self._shards)
         self.refresh()
 
     def __len__(self) -> int:
         """Answers in the index."""
-        return len(self._index)
+        return len(self.known(kl=False))
+
+    def known(self, *, kl: bool | None = None) -> list[str]:
+        """Keys of the answers in the index, sorted; their shards may still prove damaged."""
+        forms = self._forms(kl)
+        with self._lock:
+            return sorted(set().union(*(self._index.get(form, {}) for form in forms)))
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
-    def key(self, tree: ResponseTree, branch: int) -> str:
-        """Digest of identity, videos, prompt (tokens and positions) and the answer's tokens; not of names or order."""
+    def keys(self, tree: ResponseTree) -> list[str]:
+        """A digest per branch: of identity, videos, prompt (tokens and positions) and the answer's tokens; not of names
+        or order."""
         h = hashlib.sha256(self._identity.encode())
         for plan in tree.plans:
             h.update(f"|{plan.key}".encode())
-        answer = torch.tensor(tree.branches[branch].input_ids, dtype=torch.int64)
-        for values in (tree.prompt.input_ids, tree.prompt.position_ids, answer):
-            h.update(f"|{tuple(values.shape)}|".encode())
-            h.update(values.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes())
-        return h.hexdigest()
+        for values in (tree.prompt.input_ids, tree.prompt.position_ids):
+            _add_tokens(h, values)
+        out = []
+        for branch in tree.branches:
+            of_answer = h.copy()
+            _add_tokens(of_answer, torch.tensor(branch.input_ids, dtype=torch.int64))
+            out.append(of_answer.hexdigest())
+        return out
+
+    def key(self, tree: ResponseTree, branch: int) -> str:
+        """``keys(tree)[branch]``"""
+        return self.keys(tree)[branch]
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def missing(self, keys: Sequence[str], *, kl: bool | None = None) -> list[str]:
         """The ``keys`` that are not there, or without what the KL needs, or in a damaged shard; in order, once each."""
-        kl = self.kl if kl is None else kl
-        return [key for key in dict.fromkeys(keys) if self._find(key, kl) is None]
+        forms = self._forms(kl)
+        with self._lock:
+            self.holder.beat()
+            self.verify(self.shards_of(keys, kl=kl))
+            return [key for key in dict.fromkeys(keys) if self._find(key, forms) is None]
 
     def get(self, keys: Sequence[str], kl: bool | None = None, *, device: torch.device | str = "cpu") -> HeadStatistics:
         """Statistics of the answers, their tokens one answer after the other.
@@ -136,68 +183,189 @@ class ReferenceStore:
         Raises:
             InputError: some are missing.
         """
-        kl = self.kl if kl is None else kl
-        found = [self._find(key, kl) for key in keys]
-        absent = sum(entry is None for entry in found)
-        self.hits += len(found) - absent
-        self.misses += absent
+        form = MEAN if self._kl(kl) else SCALARS
+        found = self.rows(keys, (MEAN,) if form == MEAN else self._forms(False), tensors_of(form))
+        self.hits += len(keys)
+        return HeadStatistics(**{name: value.to(device) for name, value in found.items()})
+
+    def read(self, keys: Sequence[str], kl: bool | None = None, *, empty: Empty | None = None) -> Reference:
+        """What the loss head takes as its reference, in the store's form; on the CPU, and not counted as hits.
+
+        Args:
+            empty: makes the tensors to fill, of a shape and a dtype; None makes new ones.
+
+        Returns:
+            ``get``'s statistics, or with ``kl`` in a store of hidden states those, [N, D].
+
+        Raises:
+            InputError: some are missing.
+        """
+        form = self._kept(kl)
+        names = tensors_of(form) if form in (SCALARS, MEAN) else ("hidden",)
+        found = self.rows(keys, self._forms(kl), names, empty)
+        return found["hidden"] if "hidden" in found else HeadStatistics(**found)
+
+    def rows(
+        self, keys: Sequence[str], forms: Sequence[str], names: Sequence[str], empty: Empty | None = None
+    ) -> dict[str, Tensor]:
+        """These tensors of the answers, each in the first of ``forms`` that holds it, one after the other."""
+        with self._lock:
+            self.holder.beat()
+            found = [self._place(key, forms) for key in keys]
+        absent = sum(place is None for place in found)
         if absent:
+            self.hits += len(keys) - absent
+            self.misses += absent
             raise InputError(
                 f"{self.root}: the reference statistics of {absent} of {len(keys)} answers are missing or damaged;"
                 " run the reference step again"
             )
-        names = _SCALARS + _MEANS if kl else _SCALARS
-        pieces: dict[str, list[Tensor]] = {name: [] for name in names}
-        for entry in found:
-            assert entry is not None
-            shard = self._opened(entry.shard)
-            for name in names:
-                pieces[name].append(shard.get_slice(name)[entry.start : entry.start + entry.n])
-        joined = {name: torch.cat(values).to(device) if values else torch.empty(0) for name, values in pieces.items()}
-        return HeadStatistics(**joined)
+        runs: list[tuple[Mapped, int, int]] = []  # answers that lie side by side are copied at once
+        for place in found:
+            assert place is not None
+            shard, entry = place
+            if runs and runs[-1][0] is shard and runs[-1][2] == entry.start:
+                runs[-1] = (shard, runs[-1][1], entry.start + entry.n)
+            else:
+                runs.append((shard, entry.start, entry.start + entry.n))
+        total = sum(end - start for _, start, end in runs)
+        make = empty or (lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        out = {}
+        for name in names:
+            parts = [(shard.tensors[name], start, end) for shard, start, end in runs]
+            like = parts[0][0] if parts else torch.empty(0)
+            out[name] = make((total, *like.shape[1:]), like.dtype)
+            at, bytes_out = 0, _bytes(out[name])
+            for tensor, start, end in parts:
+                # by bytes, on this thread alone: torch would start its pool for every answer
+                bytes_out[at : at + end - start] = _bytes(tensor)[start:end]
+                at += end - start
+        return out
+
+    def willneed(self, keys: Sequence[str], kl: bool | None = None) -> None:
+        """Tell the system that these answers are read soon: it begins to read them from the disk."""
+        forms = self._forms(kl)
+        with self._lock:
+            found = [place for key in keys if (place := self._place(key, forms, verify=False)) is not None]
+        for shard, entry in found:
+            for tensor in shard.tensors.values():
+                width = tensor.element_size() * math.prod(tensor.shape[1:])
+                _advise(tensor.data_ptr() + entry.start * width, entry.n * width)
 
     def refresh(self) -> None:
         """Take up the shards that other processes have written since."""
-        for path in sorted(self._shards.glob("*.safetensors")):
-            if path.name not in self._known:
-                self._known.add(path.name)
-                self._add(path)
+        try:
+            with os.scandir(self._shards) as files:
+                names = sorted(f.name for f in files if f.name.endswith(SUFFIX) and f.name[0] != ".")
+        except FileNotFoundError:
+            return
+        with self._lock:
+            self._take_up([name for name in names if name not in self._known])
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Take up shards that other processes say they have written. Listings of a shared folder may be some seconds
+        old on another machine, so they are opened by name, and waited for."""
+        end = time.monotonic() + _PATIENCE_S
+        with self._lock:
+            left = [name for name in names if name not in self._known]
+            while left and time.monotonic() < end:
+                self._take_up(left)
+                left = [name for name in left if name not in self._known]
+                if left:
+                    time.sleep(0.05)
+        if left:
+            log.warning("%s: %d new shards cannot be seen from here (%s)", self._shards, len(left), left[0])
+
+    # -- verifying ---------------------------------------------------------------------------------------------------
+
+    def shards_of(self, keys: Sequence[str], *, kl: bool | None = None) -> list[str]:
+        """The shards, in order, that hold these answers and have not been verified yet."""
+        forms = self._forms(kl)
+        with self._lock:
+            every = (self._entry(key, forms) for key in keys)
+            return sorted({e.shard for e in every if e is not None and e.shard not in self._sound})
+
+    def verify(self, shards: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Read these shards and drop those whose bytes do not have the digest of their name.
+
+        Returns:
+            (sound, damaged) names; a shard that is gone is in neither.
+        """
+        threads = min(_THREADS, len(shards), os.cpu_count() or 1)
+        if threads > 1:
+            with ThreadPoolExecutor(threads, "tempo-fast-verify") as pool:
+                found = dict(zip(shards, pool.map(self._state, shards), strict=True))
+        else:
+            found = {shard: self._state(shard) for shard in shards}
+        sound = [shard for shard, state in found.items() if state is True]
+        damaged = [shard for shard, state in found.items() if state is False]
+        self.trust(sound)
+        with self._lock:
+            self._forget([shard for shard, state in found.items() if state is None])
+            for shard in damaged:
+                self._drop(shard, "its bytes do not have the digest of its name")
+        return sound, damaged
+
+    def trust(self, shards: Iterable[str]) -> None:
+        """These shards have been verified, here or by another rank."""
+        with self._lock:
+            self._sound.update(shards)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def put(self, entries: Mapping[str, HeadStatistics]) -> None:
+    def put(self, entries: Mapping[str, HeadStatistics], hidden: Mapping[str, Tensor] | None = None) -> str:
         """Write one shard with these answers' statistics, all with or all without what the KL needs.
+
+        Args:
+            entries: by key; float32 is kept.
+            hidden: by key, hidden states [n, D] of the reference, kept as they are in place of the mean embeddings.
+
+        Returns:
+            The shard's name; "" when there is nothing to write.
 
         Raises:
             InputError: full disk, read-only folder.
         """
         if not entries:
-            return
-        from safetensors.torch import save
-
+            return ""
         kinds = {s.mean_embedding is not None and s.mean_logit is not None for s in entries.values()}
         if len(kinds) > 1:
             raise ValueError("put takes entries that all have or all lack what the KL needs")
-        kl = kinds.pop()
-        tensors = {
-            name: torch.cat([getattr(s, name).detach().float().cpu() for s in entries.values()])
-            for name in (_SCALARS + _MEANS if kl else _SCALARS)
-        }
-        rows, start = [], 0
+        form = MEAN if kinds.pop() else SCALARS
+        tensors = {}
+        if hidden is not None:
+            tensors["hidden"] = torch.cat([hidden[key].detach().cpu() for key in entries])
+            form = f"hidden.{str(tensors['hidden'].dtype).removeprefix('torch.')}"
+        for name in tensors_of(form):
+            if name != "hidden":
+                tensors[name] = torch.cat([getattr(s, name).detach().float().cpu() for s in entries.values()])
+        rows: list[Row] = []
+        start = 0
         for key, s in entries.items():
-            rows.append([key, start, len(s.logp)])
+            rows.append((key, start, len(s.logp)))
             start += len(s.logp)
-        header = {
-            "format": str(FORMAT), "fields": canonical_json(self.fields), "kl": str(int(kl)), "rows": json.dumps(rows)
-        }  # fmt: skip
-        payload = save(tensors, header)
-        path = self._shards / f"{hashlib.sha256(payload).hexdigest()}.safetensors"
-        write_atomic(path, lambda f: f.write(payload))
-        self._known.add(path.name)
-        self._sound.add(path.name)
-        self._enter(path.name, rows, kl)
+        name, payload = encode(form, canonical_json(self.fields), rows, tensors)
+        write_atomic(self._shards / name, lambda f: f.write(payload))
+        with self._lock:
+            self.holder.beat()
+            self._known.add(name)
+            self._sound.add(name)
+            self._enter(name, Header(canonical_json(self.fields), form, rows, {}, len(payload)))
+        return name
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _kl(self, kl: bool | None) -> bool:
+        return self.kl if kl is None else kl
+
+    def _kept(self, kl: bool | None) -> str:
+        return self.form if self._kl(kl) else SCALARS
+
+    def _forms(self, kl: bool | None) -> tuple[str, ...]:
+        """The forms that serve, best first: every one holds the scalars."""
+        if self._kl(kl):
+            return (self.form,)
+        return (MEAN, *sorted(form for form in self._index if form not in (MEAN, SCALARS)), SCALARS)
 
     def _check_manifest(self, compatible: dict[str, Any]) -> None:
         path = self.root / "manifest.json"
@@ -226,79 +394,158 @@ class ReferenceStore:
                     "%s: filled with %s %s, this run has %s; equal within rounding",
                     path, name, stored["compatible"][name], compatible[name],
                 )  # fmt: skip
+        _touch(path)
 
-    def _add(self, path: Path) -> None:
-        """Read a shard's header into the index; an unreadable one is dropped."""
+    def _take_up(self, names: Sequence[str]) -> None:
+        """Read shards' headers into the index; an unreadable one is dropped, one that is not there left for later."""
+        if len(names) > 64:
+            with ThreadPoolExecutor(_THREADS, "tempo-fast-open") as pool:
+                found = list(pool.map(self._header, names))
+        else:
+            found = [self._header(name) for name in names]
+        foreign = []
+        for name, header in zip(names, found, strict=True):
+            if header is None:
+                continue
+            self._known.add(name)
+            if isinstance(header, Exception):
+                self._drop(name, f"unreadable ({header})")
+            elif header.fields == canonical_json(self.fields):
+                self._enter(name, header)
+            else:  # of another identity, or damaged in just that field
+                foreign.append(name)
+        if foreign:
+            self.verify(foreign)
+
+    def _header(self, name: str) -> Header | Exception | None:
         try:
-            with open(path, "rb") as f:
-                size = int.from_bytes(f.read(8), "little")
-                if not 2 <= size <= path.stat().st_size - 8:
-                    raise ValueError("header size")
-                header = json.loads(f.read(size))["__metadata__"]
-            rows = [(str(k), int(s), int(n)) for k, s, n in json.loads(header["rows"])]
-            same = header["format"] == str(FORMAT) and header["fields"] == canonical_json(self.fields)
-            kl = header["kl"] == "1"
+            return read_header(self._shards / name)
         except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError) as e:
-            self._drop(path.name, f"unreadable ({type(e).__name__})")
-            return
-        if same:
-            self._enter(path.name, rows, kl)
-        else:  # of another identity, or damaged in just that field
-            self._verify(path.name)
+            return None
+        except (OSError, ValueError) as e:
+            return e
 
-    def _enter(self, shard: str, rows: Sequence[Sequence[Any]], kl: bool) -> None:
-        for key, start, n in rows:
-            known = self._index.get(key)
-            if known is None or kl or not known.kl:
-                self._index[key] = Entry(shard, start, n, kl)
+    def _enter(self, shard: str, header: Header) -> None:
+        self._headers[shard] = header
+        index = self._index.setdefault(header.form, {})
+        for key, start, n in header.rows:
+            entry = Entry(shard, start, n)
+            known = index.setdefault(key, entry)
+            if known is not entry:
+                # the same for every process, in whatever order it met them
+                index[key] = min(known, entry)
+                self._spare.setdefault((header.form, key), []).append(max(known, entry))
 
-    def _find(self, key: str, kl: bool) -> Entry | None:
+    def _leave(self, shard: str) -> int:
+        """Take a shard out of the index; returns how many answers no other shard holds in this form."""
+        header = self._headers.pop(shard, None)
+        self._open.pop(shard, None)
+        self._sound.discard(shard)
+        lost = 0
+        for key, _, _ in header.rows if header else ():
+            assert header is not None
+            spare = [e for e in self._spare.pop((header.form, key), []) if e.shard != shard]
+            known = self._index[header.form].pop(key, None)
+            every = sorted(spare if known is None or known.shard == shard else [*spare, known])
+            if every:
+                self._index[header.form][key] = every[0]
+                if every[1:]:
+                    self._spare[header.form, key] = every[1:]
+            else:
+                lost += 1
+        return lost
+
+    def _entry(self, key: str, forms: Sequence[str]) -> Entry | None:
+        return next((e for form in forms if (e := self._index.get(form, {}).get(key)) is not None), None)
+
+    def _find(self, key: str, forms: Sequence[str]) -> Entry | None:
         """The entry, its shard verified; None when it is missing."""
-        while (entry := self._index.get(key)) is not None:
-            if kl and not entry.kl:
-                return None
-            if entry.shard in self._sound or self._verify(entry.shard):
-                return entry
+        while (entry := self._entry(key, forms)) is not None and entry.shard not in self._sound:
+            self.verify([entry.shard])
+        return entry
+
+    def _place(self, key: str, forms: Sequence[str], *, verify: bool = True) -> tuple[Mapped, Entry] | None:
+        """The entry and its open shard. One that is gone has been merged into another, or cleaned away."""
+        while (entry := self._find(key, forms) if verify else self._entry(key, forms)) is not None:
+            try:
+                return self._opened(entry.shard), entry
+            except OSError:
+                self._forget([entry.shard])
+            except ValueError as e:
+                self._drop(entry.shard, str(e))
         return None
 
-    def _verify(self, shard: str) -> bool:
-        """Whether the file's bytes have the digest of its name. A shard that fails is dropped."""
+    def _forget(self, shards: Sequence[str]) -> None:
+        """Shards that are gone: ``gc`` in another process may have merged their answers into a new one."""
+        for shard in shards:
+            log.info("%s: %s is gone; looking for its answers elsewhere", self._shards, shard)
+            self._leave(shard)
+            self._known.discard(shard)
+        if shards:
+            self.refresh()
+
+    def _state(self, shard: str) -> bool | None:
+        """Whether the file's bytes have the digest of its name; None when it is not there."""
+        path = self._shards / shard
         try:
-            sound = file_digest(self._shards / shard) == shard.removesuffix(".safetensors")
+            sound = file_digest(path) == digest_of(shard)
         except InputError:
-            sound = False
-        if sound:
-            self._sound.add(shard)
-        else:
-            self._drop(shard, "its bytes do not have the digest of its name")
+            return False if path.exists() else None
+        _touch(path)  # when it was last used, for gc
         return sound
 
     def _drop(self, shard: str, why: str) -> None:
-        lost = [key for key, entry in self._index.items() if entry.shard == shard]
+        lost = self._leave(shard)
         where = self._shards / shard
-        log.warning("%s: damaged shard dropped, %d answers are computed again: %s", where, len(lost), why)
-        for key in lost:
-            del self._index[key]
-        self._open.pop(shard, None)
+        log.warning("%s: damaged shard dropped, %d answers are computed again: %s", where, lost, why)
         try:
             where.unlink(missing_ok=True)
         except OSError as e:
             raise InputError(f"{where}: damaged and cannot be deleted ({e.strerror})") from e
-        # an older, scalars-only entry of these answers may be in another shard
-        for other in sorted(self._known - {shard}):
-            path = self._shards / other
-            if path.is_file() and lost:
-                self._add(path)
 
-    def _opened(self, shard: str) -> Any:
-        """A memory-mapped shard; the last few stay open."""
-        from safetensors import safe_open
-
+    def _opened(self, shard: str) -> Mapped:
+        """A memory-mapped shard; those used last stay open."""
         if shard not in self._open:
-            self._open[shard] = safe_open(str(self._shards / shard), framework="pt").__enter__()
+            header = self._headers.get(shard)
+            path = self._shards / shard
+            self._open[shard] = Mapped(path, header if header and header.places else None)
             while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)[1].__exit__(None, None, None)
+                self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+
+Reference = HeadStatistics | Tensor
+"""What the loss head takes: statistics, or the reference's hidden states [N, D]."""
+
+
+def _add_tokens(h: Any, values: Tensor) -> None:
+    h.update(f"|{tuple(values.shape)}|".encode())
+    h.update(values.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes())
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A contiguous tensor [N, ...] as numpy bytes [N, width]."""
+    return tensor.view(len(tensor), -1).view(torch.uint8).numpy() if tensor.numel() else tensor.view(0).numpy()
+
+
+def _touch(path: Path) -> None:
+    try:
+        os.utime(path)
+    except OSError:  # read-only for us
+        pass
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+def _advise(address: int, length: int) -> None:
+    """madvise(WILLNEED) where the system has it."""
+    import ctypes
+    import mmap
+
+    wanted = getattr(mmap, "MADV_WILLNEED", None)
+    if wanted is None or not length:
+        return
+    start = address // _PAGE * _PAGE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + length - start), wanted)

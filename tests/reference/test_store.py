@@ -166,7 +166,7 @@ def test_killed_at_any_moment_leaves_whole_shards(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         store = ReferenceStore(tmp_path, FIELDS)
-        keys = sorted(store._index)
+        keys = store.known(kl=True)
         assert store.missing(keys, kl=True) == []
         for key in keys:
             assert torch.equal(store.get([key]).logp, statistics(400, kl=True, seed=int(key.split(".")[1])).logp)

@@ -1,0 +1,140 @@
+"""One shard of the store: a safetensors file named by the digest of its bytes, whose header lists its answers.
+
+Tensors by form, N rows in all, one answer's rows after the other's::
+
+    scalars             logp [N], lse [N]
+    mean_embedding      and mean_logit [N], mean_embedding [N, D]; all float32
+    hidden.<dtype>      and hidden [N, D] in the dtype the model runs in: the reference's hidden states, of which the
+                        head makes everything else once more
+
+Header (strings): ``format``, ``fields`` (canonical JSON of the reference's identity), ``kl`` ("1" for mean_embedding;
+"0" for the others, so that versions that know no hidden states read their scalars), ``form``, ``rows`` (JSON, a list of
+key, first row, number of rows). Shards from before ``form`` are scalars or mean_embedding, as ``kl`` says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tempo_fast.errors import InputError
+
+FORMAT = 1
+SUFFIX = ".safetensors"
+SCALARS, MEAN = "scalars", "mean_embedding"
+_TENSORS = {SCALARS: ("logp", "lse"), MEAN: ("logp", "lse", "mean_logit", "mean_embedding")}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_FIRST_READ = 1 << 14  # most headers are shorter
+
+Row = tuple[str, int, int]
+"""Key, first row, number of rows."""
+
+
+def tensors_of(form: str) -> tuple[str, ...]:
+    """Names of a form's tensors."""
+    return _TENSORS.get(form, ("logp", "lse", "hidden"))
+
+
+def hidden_form(dtype: torch.dtype) -> str:
+    """The form that holds hidden states of this dtype: they are exact for a model that runs in it."""
+    return f"hidden.{str(dtype).removeprefix('torch.')}"
+
+
+class Header(NamedTuple):
+    """What a shard says of itself."""
+
+    fields: str
+    """Canonical JSON of the reference's identity."""
+    form: str
+    rows: list[Row]
+    places: dict[str, tuple[torch.dtype, tuple[int, ...], int]]
+    """Tensor name -> dtype, shape, first byte in the file."""
+    size: int
+    """Bytes of the file."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(n for _, _, n in self.rows)
+
+
+def encode(form: str, fields: str, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
+    """(file name, bytes) of a shard. ``tensors`` are the form's, on the CPU and contiguous."""
+    from safetensors.torch import save
+
+    header = {
+        "format": str(FORMAT), "fields": fields, "kl": str(int(form == MEAN)), "form": form, "rows": json.dumps(rows)
+    }  # fmt: skip
+    payload = save(dict(tensors), header)
+    return hashlib.sha256(payload).hexdigest() + SUFFIX, payload
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Raises OSError when the file cannot be read, ValueError when it is no shard of this format or cut off."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        start = os.read(fd, _FIRST_READ)
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError("header size")
+        while len(start) < 8 + length:
+            more = os.read(fd, 8 + length - len(start))
+            if not more:
+                raise ValueError("cut off")
+            start += more
+    finally:
+        os.close(fd)
+    try:
+        parts: dict[str, Any] = json.loads(start[8 : 8 + length])
+        header = parts.pop("__metadata__")
+        rows = [(str(key), int(first), int(n)) for key, first, n in json.loads(header["rows"])]
+        form = str(header.get("form") or (MEAN if header["kl"] == "1" else SCALARS))
+        places, end = {}, 8 + length
+        for name, told in parts.items():
+            first, last = told["data_offsets"]
+            places[name] = (_DTYPES[told["dtype"]], tuple(told["shape"]), 8 + length + first)
+            end = max(end, 8 + length + last)
+        fields = str(header["fields"])
+        known = header["format"] == str(FORMAT)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{type(e).__name__} in the header") from e
+    if not known:
+        raise ValueError(f"format {header['format']!r}, this version reads {FORMAT}")
+    if set(tensors_of(form)) - set(places) or end != size:
+        raise ValueError("not the tensors, or not the size, that its header tells")
+    return Header(fields, form, rows, places, size)
+
+
+def digest_of(name: str) -> str:
+    """The digest that a shard's name promises."""
+    return name.removesuffix(SUFFIX)
+
+
+class Mapped:
+    """A shard's tensors as views on the memory-mapped file, which is never written. No file handle is kept.
+
+    Raises OSError when the file is gone, ValueError as ``read_header``, InputError when the system maps no more.
+    """
+
+    def __init__(self, path: Path, header: Header | None = None) -> None:
+        header = header or read_header(path)
+        try:
+            whole = torch.from_file(str(path), shared=False, size=header.size, dtype=torch.uint8)
+        except RuntimeError as e:
+            if os.stat(path).st_size != header.size:
+                raise ValueError("cut off") from e
+            raise InputError(f"{path}: cannot be mapped into memory ({e})") from e
+        self.address = whole.data_ptr()
+        self.tensors: dict[str, Tensor] = {}
+        for name, (dtype, shape, first) in header.places.items():
+            count = dtype.itemsize
+            for n in shape:
+                count *= n
+            self.tensors[name] = whole[first : first + count].view(dtype).view(shape)

@@ -2,7 +2,7 @@
 
 Names, defaults and rules of the stand-in were read in vllm-project/vllm 0.32.0: vllm/entrypoints/llm.py (LLM),
 vllm/engine/arg_utils.py (EngineArgs), vllm/sampling_params.py, vllm/lora/request.py, vllm/config/lora.py,
-vllm/inputs. Run for real with that version's CPU build, both tests at the end pass.
+vllm/inputs. The tests at the end were run with the CPU build of that version.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from counter_clips import write_counter
 from tempo_fast.config import GenerationConfig, VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.generation import Request, make_engine
+from tempo_fast.models.family import CLIP_MEAN, CLIP_STD
 from tempo_fast.models.load import load_bundle
 from tempo_fast.trees.vision import FeatureCache
 from tempo_fast.video.reader import VideoReader
@@ -238,7 +239,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.save_pretrained(path)
     pixels = {
         "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 784, "max_pixels": 602112,
-        "processor_class": "Qwen2VLProcessor",
+        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "processor_class": "Qwen2VLProcessor",
     }  # fmt: skip
     for name, kind in (("", {"image_processor_type": "Qwen2VLImageProcessor"}),
                        ("video_", {"video_processor_type": "Qwen2VLVideoProcessor"})):  # fmt: skip

@@ -39,7 +39,14 @@ def curate(run: Run) -> dict[str, Any]:
     workers = config.curate.workers or max(1, min(os.cpu_count() or 1, len(paths) // 20))
 
     def work() -> dict[str, Any]:
-        job = CurateJob(paths, config.curate, run.out / "curate", workers=workers, backend=config.video.backend)
+        pool = None
+        if config.ray.curate_workers:
+            from tempo_fast.onray import curate_pool
+
+            pool = curate_pool(config)
+        job = CurateJob(
+            paths, config.curate, run.out / "curate", workers=workers, backend=config.video.backend, pool=pool
+        )
         with closing(job):
             job.run(this_shard())
             run.await_shards("curate", job.missing)

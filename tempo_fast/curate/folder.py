@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,6 +35,9 @@ _STAMPERS = 16  # threads that look at files: a shared disk answers many at once
 _POLL_S = 0.5
 _GRACE_S = 30.0
 _TELL_S = 30.0
+
+
+Pool = Callable[[Iterable[Job], Shared], Generator[tuple[Job, Outcome], None, None]]
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class CurateJob:
         check: called ten times a second and more; may raise to stop the run (the journal keeps what is done).
         backend: decoder name.
         timeout_s: seconds for one file; None takes ``config.timeout_s``.
+        pool: takes the jobs and ``Shared`` and yields (job, runtime.pool.Outcome) as they are done, in place of
+            ``workers`` processes of this machine.
         together: whether the shards' processes start at one time, as torchrun's do; tasks of a SLURM array may be hours
             apart.
 
@@ -136,12 +141,13 @@ class CurateJob:
         check: Callable[[], None] | None = None,
         backend: str = "auto",
         timeout_s: float | None = None,
+        pool: Pool | None = None,
         together: bool = "RANK" in os.environ,
     ) -> None:
         self.paths, self.config, self.out = [os.fspath(p) for p in paths], config, Path(out)
         self.workers, self.backend = max(1, workers), backend
         self.timeout_s = config.timeout_s if timeout_s is None else timeout_s
-        self._progress, self._check = progress, check or (lambda: None)
+        self._progress, self._check, self._pool = progress, check or (lambda: None), pool
         self._rules = rules_digest(config, backend)
         self._began, self._together = time.monotonic(), together
         self._shard = ALL
@@ -213,12 +219,15 @@ class CurateJob:
                 yield Job(self.paths[i], stamp, alike["key"] if alike else "", i)
 
         shared = Shared(self.config, self.backend, max(1, _cores() // workers))
-        found = run_isolated(
-            curate_file, jobs(), workers=workers, timeout=lambda job: self.timeout_s, shared=shared, check=self._check
-        )
-        with closing(found):
+        with closing((self._pool or self._isolated(workers))(jobs(), shared)) as found:
             for job, outcome in found:
                 yield self._row(job, outcome)
+
+    def _isolated(self, workers: int) -> Pool:
+        limit = lambda job: self.timeout_s  # noqa: E731
+        return lambda jobs, shared: run_isolated(
+            curate_file, jobs, workers=workers, timeout=limit, shared=shared, check=self._check
+        )
 
     def _alike(self, i: int, stamp: Stamp | None) -> Row | None:
         return self._opened().alike(_short([self._rules, _content(stamp, self.paths[i])]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_results_errors_and_a_worker_that_dies(cluster):
     assert {job: value[0] for job, value in squares("dies once", range(6)).items()} == {i: i**2 for i in range(6)}
 
 
-def test_pairs_of_a_run_are_the_same_bytes(cluster, tmp_path):
+def test_clips_and_pairs_of_a_run_are_the_same_bytes(cluster, tmp_path):
     small = ["--data.tinyworld.train", "3", "--data.tinyworld.heldout", "1", "--pairs.bucket_videos", "1"]
 
     def run(*words):
@@ -66,8 +67,10 @@ def test_pairs_of_a_run_are_the_same_bytes(cluster, tmp_path):
     run("run", "tinyworld", "--until", "pairs", "--output_dir", "here")
     made = {p.name: p.read_bytes() for p in (tmp_path / "here" / "pairs").glob("*.json*")}
     assert len(made) == 5
-    for path in [*(tmp_path / "here" / "pairs").rglob("*.json*"), tmp_path / "here" / "state" / "pairs.json"]:
-        path.unlink()
-    on_ray = ["--ray.pairs_workers", "2", "--ray.pairs_gpus", "0", "--ray.pairs_cpus", "1"]
-    run("pairs", "tinyworld", "--output_dir", "here", *on_ray)
+    clips = (tmp_path / "here" / "curate" / "clips.jsonl").read_bytes()
+    for folder in ("pairs", "curate", "state"):
+        shutil.rmtree(tmp_path / "here" / folder)
+    on_ray = ["--ray.pairs_workers", "2", "--ray.pairs_gpus", "0", "--ray.pairs_cpus", "1", "--ray.curate_workers", "2"]
+    run("run", "tinyworld", "--until", "pairs", "--output_dir", "here", *on_ray)
+    assert (tmp_path / "here" / "curate" / "clips.jsonl").read_bytes() == clips
     assert {p.name: p.read_bytes() for p in (tmp_path / "here" / "pairs").glob("*.json*")} == made

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import random
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +17,24 @@ from torch import Tensor, nn
 from tempo_fast.config import LoaderConfig
 from tempo_fast.errors import InputError
 from tempo_fast.models.load import Bundle
+from tempo_fast.reference.holders import holders
+from tempo_fast.reference.shard import MEAN, SCALARS
+from tempo_fast.reference.sizes import bytes_per_token, check_room, free_bytes, room_for
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.runtime.head import gathered_head
 from tempo_fast.runtime.progress import progress as progress_bar
 from tempo_fast.runtime.ranks import Ranks, current_ranks
-from tempo_fast.trees.batch import collate
+from tempo_fast.trees.batch import PackedBatch, collate
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.layout import Branch, ResponseTree
 from tempo_fast.trees.packing import pack
 from tempo_fast.trees.vision import FeatureCache, PixelSource, evaluating
 from tempo_fast.video.loader import prefetching
 from tempo_kernels.head import HeadStatistics, head_statistics
+
+log = logging.getLogger("tempo_fast")
+
+_LOOK_S = 10.0  # between looks for what other runs have stored
 
 # Where the start check stops a run, in nats per token on average: at several times the noise it measures, but never
 # below a floor. bfloat16's is a little more than a whole forward in bfloat16 differs from one in float32 (0.005 to
@@ -64,6 +75,14 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(flag)
 
 
+def hidden_states(
+    bundle: Bundle, packed: PackedBatch, reader: PixelSource, features: FeatureCache, attention: str = "auto"
+) -> Tensor:
+    """[N, D] hidden states of a packed row's N response tokens under the reference. Call inside ``reference_mode``."""
+    visual = features.features(bundle.family, bundle.model, reader, packed.plans)
+    return tree_hidden(bundle.family, bundle.model, packed, visual, attention)
+
+
 def statistics(
     bundle: Bundle,
     trees: Sequence[ResponseTree],
@@ -75,10 +94,24 @@ def statistics(
 ) -> HeadStatistics:
     """Statistics of ``trees`` in one packed row under the reference. Call inside ``reference_mode``."""
     packed = collate(trees, bundle.device)
-    visual = features.features(bundle.family, bundle.model, reader, packed.plans)
-    hidden = tree_hidden(bundle.family, bundle.model, packed, visual, attention)
+    return _of_head(bundle, packed, hidden_states(bundle, packed, reader, features, attention), kl)
+
+
+def _of_head(bundle: Bundle, packed: PackedBatch, hidden: Tensor, kl: bool) -> HeadStatistics:
     with gathered_head(bundle.family.head(bundle.model)) as weight:
         return head_statistics(hidden, weight, packed.labels, kl=kl)
+
+
+def verify_together(store: ReferenceStore, keys: Sequence[str], ranks: Ranks, *, kl: bool | None = None) -> None:
+    """Verify the shards of these answers, each on one rank, and drop the damaged ones on all. All ranks call it."""
+    if ranks.world == 1:
+        store.verify(store.shards_of(keys, kl=kl))
+        return
+    # listings may differ for a moment between machines
+    shards = sorted({name for part in ranks.all_gather_object(store.shards_of(keys, kl=kl)) for name in part})
+    sound, _ = store.verify(shards[ranks.rank :: ranks.world])
+    # what a rank does not see, or found damaged and dropped, is in nobody's list: the others look for themselves
+    store.trust(name for part in ranks.all_gather_object(sound) for name in part)
 
 
 def fill(
@@ -100,10 +133,12 @@ def fill(
     """Compute and store what is missing of ``trees``: each answer once, whatever the number of trees that hold it.
 
     Trees are cut down to their missing branches, packed to ``max_tokens`` as in training and run with adapters off.
-    Each pack is one shard, so that an interrupted fill loses one pack. With several ranks each computes its share.
+    Each pack is one shard, so that an interrupted fill loses one pack; packs that are missing are packed the same way
+    again, so that it makes no difference to a bit. With several ranks each computes its share. Decoding, the model and
+    writing overlap. Where another run fills the same store, this one begins elsewhere and leaves out what it finds.
 
     Args:
-        kl: also store what the exact KL needs; entries without it are computed again.
+        kl: also store what the exact KL needs, in the store's form; entries without it are computed again.
         attention: as ``train.attention``.
         progress: name of the progress bar.
         ranks: None takes the process group as it is.
@@ -113,13 +148,17 @@ def fill(
         on_stored: called after every pack with the keys that this rank has stored.
 
     Raises:
-        InputError: a tree longer than ``max_tokens`` (before anything is decoded), a full disk.
+        InputError: before anything is decoded for a tree longer than ``max_tokens`` or a disk that will not hold it
+            all; a disk that is full all the same.
     """
     ranks = ranks or current_ranks()
-    keys = [[store.key(tree, b) for b in range(len(tree.branches))] for tree in trees]
+    keys = [store.keys(tree) for tree in trees]
     every = dict.fromkeys(key for row in keys for key in row)
+    verify_together(store, list(every), ranks, kl=kl)
+    crowd = holders(store.root, sweep=False)
     # what any rank lacks; gathering is also the point before which no rank writes
-    absent = {key for part in ranks.all_gather_object(store.missing(list(every), kl=kl)) for key in part}
+    told = ranks.all_gather_object((store.missing(list(every), kl=kl), free_bytes(store.root)[0], crowd))
+    absent = {key for part, _, _ in told for key in part}
     report = FillReport(computed=len(absent), present=len(every) - len(absent))
     todo: list[tuple[ResponseTree, list[str]]] = []
     left = set(absent)
@@ -132,7 +171,19 @@ def fill(
     lengths = [part.n_tokens for part, _ in todo]
     order = sorted(range(len(todo)), key=lambda i: -lengths[i])
     packs = pack(lengths, max_tokens, order=order, ids=[part.id for part, _ in todo])
+    form = store.form if kl else SCALARS
+    if absent:
+        room = room_for(store.root, len(absent), report.tokens, len(packs), bytes_per_token(bundle, form))
+        room = room._replace(free=min(free for _, free, _ in told))
+        if ranks.is_main:
+            log.info("%s: to compute in %s: %s", progress, store.root, room)
+        check_room(store.root, room, form)
+    if told[0][2] > ranks.world and packs:  # others are here: where each begins is its own affair
+        start = ranks.all_gather_object(random.SystemRandom().randrange(len(packs)))[0]
+        packs = packs[start:] + packs[:start]
     mine = packs[ranks.rank :: ranks.world]
+    # a partitioned model runs on all ranks or on none
+    together = any(hasattr(p, "ds_id") for p in bundle.model.parameters())
     cached = features.finder(bundle.family, bundle.model)
     reading = prefetching(
         reader,
@@ -141,26 +192,81 @@ def fill(
         skip=lambda plan: cached(plan.key),
         once=True,
     )
-    with reading as source, progress_bar(sum(len(p) for p in mine), desc=progress, unit="tree") as bar:
+    looked = time.monotonic()
+    bar = progress_bar(sum(len(p) for p in mine), desc=progress, unit="tree")
+    with reading as source, bar, _Writer(store, on_stored) as writer:
         for turn in range(-(-len(packs) // ranks.world)):
             if check is not None:
                 check()
+            members = mine[turn] if turn < len(mine) else packs[0] if together else []
+            if not members:
+                continue
+            names = [key for i in members for key in todo[i][1]]
+            if not together and time.monotonic() - looked > _LOOK_S:
+                store.refresh()
+                looked = time.monotonic()
+            if not together and not store.missing(names, kl=kl):  # another run was faster
+                bar.update(len(members))
+                continue
+            with reference_mode(bundle.model):
+                packed = collate([todo[i][0] for i in members], bundle.device)
+                hidden = hidden_states(bundle, packed, source, features, attention)
+                found = _of_head(bundle, packed, hidden, form == MEAN)
             if turn >= len(mine):
                 continue
-            members = mine[turn]
-            with reference_mode(bundle.model):
-                found = statistics(bundle, [todo[i][0] for i in members], source, features, kl=kl, attention=attention)
-            names = [key for i in members for key in todo[i][1]]
             sizes = [len(b.input_ids) for i in members for b in todo[i][0].branches]
-            pieces = zip(*(x.split(sizes) if x is not None else [None] * len(sizes) for x in found), strict=True)
-            store.put({key: HeadStatistics(*piece) for key, piece in zip(names, pieces, strict=True)})
-            if on_stored is not None:
-                on_stored(names)
+            # to the host here, where it waits for the device; the rest in the writer's thread
+            pieces = zip(*(x.cpu().split(sizes) if x is not None else [None] * len(sizes) for x in found), strict=True)
+            entries = {key: HeadStatistics(*piece) for key, piece in zip(names, pieces, strict=True)}
+            kept = None
+            if form not in (SCALARS, MEAN):
+                kept = dict(zip(names, hidden.detach().cpu().split(sizes), strict=True))
+            writer.put(entries, kept)
             bar.update(len(members))
-    ranks.barrier()
     if ranks.world > 1:
-        store.refresh()
+        # also the barrier; by name, because a listing may be older than what another machine has written
+        written = [name for part in ranks.all_gather_object(writer.shards) for name in part]
+        store.adopt(written)
+        store.trust(written)
     return report
+
+
+class _Writer:
+    """Writes shards in a thread, one at a time: the model runs on while a shard is hashed and synced.
+
+    At the end of the block all is written, also when it ends with an exception.
+    """
+
+    def __init__(self, store: ReferenceStore, on_stored: Callable[[list[str]], None] | None) -> None:
+        self.store, self.on_stored = store, on_stored
+        self.shards: list[str] = []
+        self._pool = ThreadPoolExecutor(1, "tempo-fast-statistics")
+        self._pending: tuple[Future[str], list[str]] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def put(self, entries: dict[str, HeadStatistics], hidden: dict[str, Tensor] | None) -> None:
+        """Raises what the write before raised."""
+        self._wait()
+        self._pending = self._pool.submit(self.store.put, entries, hidden), list(entries)
+
+    def _wait(self) -> None:
+        if self._pending is None:
+            return
+        (written, names), self._pending = self._pending, None
+        self.shards.append(written.result())
+        if self.on_stored is not None:
+            self.on_stored(names)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._wait()
+        except InputError:
+            if kind is None:
+                raise
+        finally:
+            self._pool.shutdown()
 
 
 def only(tree: ResponseTree, branches: Sequence[int]) -> ResponseTree:
@@ -195,7 +301,7 @@ def start_check(
         InputError: the difference is beyond the noise: the model, the pixels or the answers are not those of the
             store; or the noise is beyond rounding: answers depend on what stands beside them.
     """
-    keys = [store.key(tree, b) for tree in trees for b in range(len(tree.branches))]
+    keys = [key for tree in trees for key in store.keys(tree)]
     hits, misses = store.hits, store.misses
     stored = store.get(keys, kl=False).logp
     store.hits, store.misses = hits, misses  # not reads of the training

@@ -26,17 +26,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tempo_fast.errors import InputError
-from tempo_fast.files import canonical_json, digest, drop_stale, file_digest, read_json, write_atomic, write_json
+from tempo_fast.files import canonical_json, digest, drop_stale, file_digest, write_atomic
 from tempo_fast.models.load import Bundle
 from tempo_fast.reference.holders import Holder
+from tempo_fast.reference.index import Entry, Index
+from tempo_fast.reference.manifest import check_manifest, touch
 from tempo_fast.reference.shard import (
-    FORMAT,
     MEAN,
     SCALARS,
     SUFFIX,
@@ -80,14 +81,6 @@ def compatible_fields(bundle: Bundle, attention: str = "auto") -> dict[str, Any]
     }
 
 
-class Entry(NamedTuple):
-    """Where an answer's statistics lie: rows ``start .. start + n`` of a shard."""
-
-    shard: str
-    start: int
-    n: int
-
-
 class ReferenceStore:
     """Statistics of one reference in one folder. Threads may share it.
 
@@ -122,13 +115,11 @@ class ReferenceStore:
         self._identity = digest(self.fields)
         self._shards = self.root / "shards"
         self._lock = threading.RLock()
-        self._index: dict[str, dict[str, Entry]] = {}  # by form
-        self._spare: dict[tuple[str, str], list[Entry]] = {}  # the same answer in other shards, by form and key
-        self._headers: dict[str, Header] = {}
+        self._index = Index()
         self._known: set[str] = set()
         self._sound: set[str] = set()
         self._open: OrderedDict[str, Mapped] = OrderedDict()
-        self._check_manifest(dict(compatible or {}))
+        check_manifest(self.root, self.fields, dict(compatible or {}))
         self.holder = Holder(self.root)  # before the shards are listed
         drop_stale(self._shards)
         self.refresh()
@@ -141,7 +132,7 @@ class ReferenceStore:
         """Keys of the answers in the index, sorted; their shards may still prove damaged."""
         forms = self._forms(kl)
         with self._lock:
-            return sorted(set().union(*(self._index.get(form, {}) for form in forms)))
+            return self._index.keys(forms)
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -282,7 +273,7 @@ class ReferenceStore:
         """The shards, in order, that hold these answers and have not been verified yet."""
         forms = self._forms(kl)
         with self._lock:
-            every = (self._entry(key, forms) for key in keys)
+            every = (self._index.find(key, forms) for key in keys)
             return sorted({e.shard for e in every if e is not None and e.shard not in self._sound})
 
     def verify(self, shards: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -350,7 +341,7 @@ class ReferenceStore:
             self.holder.beat()
             self._known.add(name)
             self._sound.add(name)
-            self._enter(name, Header(canonical_json(self.fields), form, rows, {}, len(payload)))
+            self._index.enter(name, Header(canonical_json(self.fields), form, rows, {}, len(payload)))
         return name
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -365,36 +356,7 @@ class ReferenceStore:
         """The forms that serve, best first: every one holds the scalars."""
         if self._kl(kl):
             return (self.form,)
-        return (MEAN, *sorted(form for form in self._index if form not in (MEAN, SCALARS)), SCALARS)
-
-    def _check_manifest(self, compatible: dict[str, Any]) -> None:
-        path = self.root / "manifest.json"
-        ours = {"format": FORMAT, "fields": self.fields, "compatible": compatible}
-        if not path.is_file():
-            write_json(path, ours)
-            return
-        try:
-            stored = read_json(path)
-            fields = dict(stored["fields"])
-        except (InputError, KeyError, TypeError, ValueError):
-            log.warning("%s: damaged, written again (every shard carries its own identity)", path)
-            write_json(path, ours)
-            return
-        if stored.get("format") != FORMAT:
-            raise InputError(f"{path}: field 'format' is {stored.get('format')!r}, this version reads {FORMAT}")
-        for name in sorted(set(fields) | set(self.fields)):
-            if canonical_json(fields.get(name)) != canonical_json(self.fields.get(name)):
-                raise InputError(
-                    f"{path}: field '{name}' is {fields.get(name)!r} there and {self.fields.get(name)!r} in this run;"
-                    " the statistics belong to another reference, use another reference.store"
-                )
-        for name in sorted(set(compatible) & set(stored.get("compatible") or {})):
-            if stored["compatible"][name] != compatible[name]:
-                log.info(
-                    "%s: filled with %s %s, this run has %s; equal within rounding",
-                    path, name, stored["compatible"][name], compatible[name],
-                )  # fmt: skip
-        _touch(path)
+        return self._index.forms()
 
     def _take_up(self, names: Sequence[str]) -> None:
         """Read shards' headers into the index; an unreadable one is dropped, one that is not there left for later."""
@@ -411,7 +373,7 @@ class ReferenceStore:
             if isinstance(header, Exception):
                 self._drop(name, f"unreadable ({header})")
             elif header.fields == canonical_json(self.fields):
-                self._enter(name, header)
+                self._index.enter(name, header)
             else:  # of another identity, or damaged in just that field
                 foreign.append(name)
         if foreign:
@@ -425,48 +387,21 @@ class ReferenceStore:
         except (OSError, ValueError) as e:
             return e
 
-    def _enter(self, shard: str, header: Header) -> None:
-        self._headers[shard] = header
-        index = self._index.setdefault(header.form, {})
-        for key, start, n in header.rows:
-            entry = Entry(shard, start, n)
-            known = index.setdefault(key, entry)
-            if known is not entry:
-                # the same for every process, in whatever order it met them
-                index[key] = min(known, entry)
-                self._spare.setdefault((header.form, key), []).append(max(known, entry))
-
     def _leave(self, shard: str) -> int:
-        """Take a shard out of the index; returns how many answers no other shard holds in this form."""
-        header = self._headers.pop(shard, None)
+        """Take a shard out; returns how many answers no other shard holds in its form."""
         self._open.pop(shard, None)
         self._sound.discard(shard)
-        lost = 0
-        for key, _, _ in header.rows if header else ():
-            assert header is not None
-            spare = [e for e in self._spare.pop((header.form, key), []) if e.shard != shard]
-            known = self._index[header.form].pop(key, None)
-            every = sorted(spare if known is None or known.shard == shard else [*spare, known])
-            if every:
-                self._index[header.form][key] = every[0]
-                if every[1:]:
-                    self._spare[header.form, key] = every[1:]
-            else:
-                lost += 1
-        return lost
-
-    def _entry(self, key: str, forms: Sequence[str]) -> Entry | None:
-        return next((e for form in forms if (e := self._index.get(form, {}).get(key)) is not None), None)
+        return self._index.leave(shard)
 
     def _find(self, key: str, forms: Sequence[str]) -> Entry | None:
         """The entry, its shard verified; None when it is missing."""
-        while (entry := self._entry(key, forms)) is not None and entry.shard not in self._sound:
+        while (entry := self._index.find(key, forms)) is not None and entry.shard not in self._sound:
             self.verify([entry.shard])
         return entry
 
     def _place(self, key: str, forms: Sequence[str], *, verify: bool = True) -> tuple[Mapped, Entry] | None:
         """The entry and its open shard. One that is gone has been merged into another, or cleaned away."""
-        while (entry := self._find(key, forms) if verify else self._entry(key, forms)) is not None:
+        while (entry := self._find(key, forms) if verify else self._index.find(key, forms)) is not None:
             try:
                 return self._opened(entry.shard), entry
             except OSError:
@@ -491,7 +426,7 @@ class ReferenceStore:
             sound = file_digest(path) == digest_of(shard)
         except InputError:
             return False if path.exists() else None
-        _touch(path)  # when it was last used, for gc
+        touch(path)  # when it was last used, for gc
         return sound
 
     def _drop(self, shard: str, why: str) -> None:
@@ -506,7 +441,7 @@ class ReferenceStore:
     def _opened(self, shard: str) -> Mapped:
         """A memory-mapped shard; those used last stay open."""
         if shard not in self._open:
-            header = self._headers.get(shard)
+            header = self._index.headers.get(shard)
             path = self._shards / shard
             self._open[shard] = Mapped(path, header if header and header.places else None)
             while len(self._open) > _OPEN_SHARDS:
@@ -527,13 +462,6 @@ def _add_tokens(h: Any, values: Tensor) -> None:
 def _bytes(tensor: Tensor) -> Any:
     """A contiguous tensor [N, ...] as numpy bytes [N, width]."""
     return tensor.view(len(tensor), -1).view(torch.uint8).numpy() if tensor.numel() else tensor.view(0).numpy()
-
-
-def _touch(path: Path) -> None:
-    try:
-        os.utime(path)
-    except OSError:  # read-only for us
-        pass
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096

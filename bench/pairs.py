@@ -13,6 +13,8 @@ for each of --modes: ``captions`` (perturb_on: captions), ``windows`` and ``vide
   events that chosen answers tell.
 - ``separated``: share of pairs that the judge tells apart, per r, over all kinds (95 % interval by resampling videos)
   and per kind (Wilson's). ``rules`` are other rules, to see what hangs on the choice: see RULES.
+- ``more_often``: how much larger the share is at the largest r than at the smallest, over the kinds that a video has a
+  pair of at both (95 % interval by resampling videos).
 - ``noise``: two answers about the clean video, nothing perturbed: the share of those that the judge takes for two
   stories. In captions and windows the second is told from keyframes, in ``video`` under another instruction.
 """
@@ -261,6 +263,21 @@ def separated_rows(made: Made, embed: Embed | None, kinds: Sequence[str], rs: Se
     return rows
 
 
+def more_often_row(made: Made, high: int, low: int) -> Row:
+    """The judge's share at ``high`` less that at ``low``, of the same videos and kinds."""
+    apart: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for record in made.records:
+        for x in record.rejected:
+            apart[record.video, x.kind][record.r] = measures(record.chosen, x.text)["separated"]
+    by_video: dict[str, list[float]] = defaultdict(list)
+    for (video, _), of in apart.items():
+        if high in of and low in of:
+            by_video[video].append(of[high] - of[low])
+    s = bootstrap([sum(d) for d in by_video.values()], [len(d) for d in by_video.values()], 2000, 0)
+    share = {k: s[k] for k in ("value", "lo", "hi")}
+    return {"case": "more_often", "r": [high, low], "kind": "all", **share, "n": s["items"], "videos": s["n"]}
+
+
 def noise_row(made: Made, again: Made, embed: Embed | None) -> Row:
     """The judge on two answers about the same clean video."""
     both = [v for v in made.chosen if v in again.chosen]
@@ -353,4 +370,6 @@ def measure(work: Path, args: argparse.Namespace, env: Row, rows: list[Row]) -> 
         )
         add(mode, kept_row(made, clips, truths), *told_rows(made, truths))
         add(mode, *separated_rows(made, embed, args.kinds, args.r), noise_row(made, again, embed))
+        if len(args.r) > 1:
+            add(mode, more_often_row(made, max(args.r), min(args.r)))
         add(mode, {"case": "seconds", "value": time.perf_counter() - begin})

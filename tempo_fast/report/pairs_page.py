@@ -91,7 +91,7 @@ class _Found:
             self.notes.append(str(e))
         files = {int(p.stem[1:]): p for p in folder.glob("r*.jsonl") if p.stem[1:].isdecimal()}
         self.drawn: dict[int, list[Pair]] = {}
-        for r in sorted(files, reverse=True):
+        for r in sorted(files, reverse=True) if most > 0 else ():
             self.drawn[r] = draw_pairs(self._rows(files[r], PreferenceRecord), most, seed)
         self.clips: dict[str, Clips] = {}
         wanted = {os.path.realpath(record.video) for pairs in self.drawn.values() for record, _ in pairs}

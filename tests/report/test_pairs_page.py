@@ -198,6 +198,13 @@ def test_a_broken_row_is_named_and_those_before_it_are_shown(run: tuple[Path, Ru
     assert sum("/r8<" in card for card in page.cards) == 6
 
 
+def test_figures_alone_where_no_pairs_are_asked_for(run: tuple[Path, RunConfig]) -> None:
+    config = RunConfig(output_dir=str(run[0]))
+    config.pairs.audit_pairs = 0
+    page = Page(build_pairs_page(run[0] / "pairs", config))
+    assert page.cards == [] and page.links == ["#figures"] and "told apart" in page.html
+
+
 def test_text_from_a_model_cannot_become_markup(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
     out = copy(run, tmp_path)
     bad = "<script>alert(1)</script> & more."

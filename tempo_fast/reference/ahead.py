@@ -23,8 +23,9 @@ READER = "tempo-fast-reference"
 """Name of the thread."""
 
 Trees = Sequence[ResponseTree]
-_Read = tuple[list[int] | None, list[str], Reference | BaseException]
-"""For which trees (None: for any), their keys, what was read."""
+_Names = list[tuple[str, int]]
+_Read = tuple[_Names | None, int, Reference | BaseException]
+"""For which trees (None: for any), how many answers, what was read."""
 
 
 class ReadAhead:
@@ -32,8 +33,8 @@ class ReadAhead:
 
     Args:
         store: its ``kl`` and ``form`` decide what is read.
-        upcoming: the trees of the micro-batches in the order in which they will be asked for; read in the thread, as
-            room comes free. None: nothing is read ahead.
+        upcoming: the trees of the micro-batches in the order in which they will be asked for, known again by their
+            ids; read in the thread, as room comes free. None: nothing is read ahead.
         device: where ``get`` puts it.
         depth: most micro-batches read and not taken yet.
         hint: the disk is told of as many more.
@@ -68,18 +69,18 @@ class ReadAhead:
         Raises:
             InputError: some are missing.
         """
-        asked = [id(tree) for tree in trees]
+        asked = _names(trees)
         while self._thread is not None:
             found = self._ready.get()
             if found is None:
                 self._thread = None
                 break
-            named, keys, result = found
+            named, answers, result = found
             if named is not None and named != asked:
                 continue
             if isinstance(result, BaseException):
                 raise result
-            self.store.hits += len(keys)
+            self.store.hits += answers
             return self._placed(result)
         keys = [key for tree in trees for key in self.store.keys(tree)]
         result = self.store.read(keys, empty=self._empty)
@@ -103,20 +104,26 @@ class ReadAhead:
         return HeadStatistics(*moved)  # type: ignore[arg-type]
 
     def _work(self, upcoming: Iterator[Trees]) -> None:
-        coming: deque[tuple[list[int], list[str]]] = deque()
+        coming: deque[tuple[_Names, list[str]]] = deque()
         try:
             while not self._closed.is_set():
                 while len(coming) <= self._hint and (trees := next(upcoming, None)) is not None:
                     keys = [key for tree in trees for key in self.store.keys(tree)]
                     self.store.willneed(keys)
-                    coming.append(([id(tree) for tree in trees], keys))
+                    coming.append((_names(trees), keys))
                 if not coming:
                     break
-                named, keys = coming.popleft()
-                self._put((named, keys, self.store.read(keys, empty=self._empty)))
-        except BaseException as e:  # raised for whoever asks next
-            self._put((None, [], e))
+                names, keys = coming.popleft()
+                self._put((names, len(keys), self._read(keys)))
+        except BaseException as e:  # of ``upcoming``: raised for whoever asks next
+            self._put((None, 0, e))
         self._put(None)
+
+    def _read(self, keys: list[str]) -> Reference | BaseException:
+        try:
+            return self.store.read(keys, empty=self._empty)
+        except BaseException as e:  # handed to whoever asks for just this
+            return e
 
     def _put(self, found: _Read | None) -> None:
         while not self._closed.is_set():
@@ -124,6 +131,10 @@ class ReadAhead:
                 return self._ready.put(found, timeout=0.1)
             except queue.Full:
                 continue
+
+
+def _names(trees: Trees) -> _Names:
+    return [(tree.id, len(tree.branches)) for tree in trees]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,10 +132,11 @@ def fill(
 ) -> FillReport:
     """Compute and store what is missing of ``trees``: each answer once, whatever the number of trees that hold it.
 
-    Trees are cut down to their missing branches, packed to ``max_tokens`` as in training and run with adapters off.
-    Each pack is one shard, so that an interrupted fill loses one pack; packs that are missing are packed the same way
-    again, so that it makes no difference to a bit. With several ranks each computes its share. Decoding, the model and
-    writing overlap. Where another run fills the same store, this one begins elsewhere and leaves out what it finds.
+    ``trees`` may make a tree anew each time it is asked for one; few are held at a time. They are cut down to their
+    missing branches, packed to ``max_tokens`` as in training and run with adapters off. Each pack is one shard, so that
+    an interrupted fill loses one pack; packs that are missing are packed the same way again, so that it makes no
+    difference to a bit. With several ranks each computes its share. Decoding, the model and writing overlap. Where
+    another run fills the same store, this one begins elsewhere and leaves out what it finds.
 
     Args:
         kl: also store what the exact KL needs, in the store's form; entries without it are computed again.
@@ -152,25 +153,20 @@ def fill(
             all; a disk that is full all the same.
     """
     ranks = ranks or current_ranks()
-    keys = [store.keys(tree) for tree in trees]
-    every = dict.fromkeys(key for row in keys for key in row)
+    parts = [_Part.of(number, tree, store.keys(tree)) for number, tree in enumerate(trees)]
+    every = dict.fromkeys(key for part in parts for key in part.keys)
     verify_together(store, list(every), ranks, kl=kl)
     crowd = holders(store.root, sweep=False)
     # what any rank lacks; gathering is also the point before which no rank writes
     told = ranks.all_gather_object((store.missing(list(every), kl=kl), free_bytes(store.root)[0], crowd))
     absent = {key for part, _, _ in told for key in part}
     report = FillReport(computed=len(absent), present=len(every) - len(absent))
-    todo: list[tuple[ResponseTree, list[str]]] = []
     left = set(absent)
-    for tree, row in zip(trees, keys, strict=True):
-        wanted: dict[str, int] = {key: b for b, key in enumerate(row) if key in left}
-        if wanted:
-            left -= set(wanted)
-            todo.append((only(tree, list(wanted.values())), list(wanted)))
-    report.tokens = sum(part.n_responses for part, _ in todo)
-    lengths = [part.n_tokens for part, _ in todo]
+    todo = [wanted for part in parts if (wanted := part.missing(left)).keys]
+    report.tokens = sum(part.n_responses for part in todo)
+    lengths = [part.n_tokens for part in todo]
     order = sorted(range(len(todo)), key=lambda i: -lengths[i])
-    packs = pack(lengths, max_tokens, order=order, ids=[part.id for part, _ in todo])
+    packs = pack(lengths, max_tokens, order=order, ids=[part.id for part in todo])
     form = store.form if kl else SCALARS
     if absent:
         room = room_for(store.root, len(absent), report.tokens, len(packs), bytes_per_token(bundle, form))
@@ -187,7 +183,7 @@ def fill(
     cached = features.finder(bundle.family, bundle.model)
     reading = prefetching(
         reader,
-        (plan for members in mine for i in members for plan in todo[i][0].plans),
+        (plan for members in mine for i in members for plan in todo[i].plans),
         loader,
         skip=lambda plan: cached(plan.key),
         once=True,
@@ -201,7 +197,7 @@ def fill(
             members = mine[turn] if turn < len(mine) else packs[0] if together else []
             if not members:
                 continue
-            names = [key for i in members for key in todo[i][1]]
+            names = [key for i in members for key in todo[i].keys]
             if not together and time.monotonic() - looked > _LOOK_S:
                 store.refresh()
                 looked = time.monotonic()
@@ -209,12 +205,12 @@ def fill(
                 bar.update(len(members))
                 continue
             with reference_mode(bundle.model):
-                packed = collate([todo[i][0] for i in members], bundle.device)
+                packed = collate([only(trees[todo[i].number], todo[i].branches) for i in members], bundle.device)
                 hidden = hidden_states(bundle, packed, source, features, attention)
                 found = _of_head(bundle, packed, hidden, form == MEAN)
             if turn >= len(mine):
                 continue
-            sizes = [len(b.input_ids) for i in members for b in todo[i][0].branches]
+            sizes = [n for i in members for n in todo[i].sizes]
             # to the host here, where it waits for the device; the rest in the writer's thread
             pieces = zip(*(x.cpu().split(sizes) if x is not None else [None] * len(sizes) for x in found), strict=True)
             entries = {key: HeadStatistics(*piece) for key, piece in zip(names, pieces, strict=True)}
@@ -229,6 +225,40 @@ def fill(
         store.adopt(written)
         store.trust(written)
     return report
+
+
+@dataclass
+class _Part:
+    """Some branches of a tree, without the tree: a hundred thousand of those would not fit into memory."""
+
+    number: int
+    id: str
+    plans: list[Any]
+    n_prompt: int
+    branches: list[int]
+    keys: list[str]
+    sizes: list[int]
+    """Response tokens of each branch."""
+
+    @staticmethod
+    def of(number: int, tree: ResponseTree, keys: list[str]) -> _Part:
+        sizes = [len(b.input_ids) for b in tree.branches]
+        return _Part(number, tree.id, tree.plans, tree.n_tokens - sum(sizes), list(range(len(sizes))), keys, sizes)
+
+    def missing(self, left: set[str]) -> _Part:
+        """With the branches whose keys are in ``left`` alone, each key once; they are taken out of ``left``."""
+        first = {key: b for b, key in reversed(list(enumerate(self.keys))) if key in left}
+        left.difference_update(first)
+        some = sorted(first.values())
+        return replace(self, branches=some, keys=[self.keys[b] for b in some], sizes=[self.sizes[b] for b in some])
+
+    @property
+    def n_responses(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_prompt + self.n_responses
 
 
 class _Writer:

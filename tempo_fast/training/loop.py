@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from tempo_fast.config import LoaderConfig, LoraConfig, ObjectiveConfig, TrainCo
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, read_json, read_jsonl, to_plain, write_json
 from tempo_fast.models.load import Bundle
+from tempo_fast.reference.ahead import ReadAhead, reading_ahead
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.runtime.engine import make_train_engine
 from tempo_fast.runtime.progress import progress
@@ -40,7 +42,6 @@ from tempo_fast.trees.batch import collate, collate_rows
 from tempo_fast.trees.vision import FeatureCache, Pixels, prepare_pixels
 from tempo_fast.video.loader import Source, prefetching
 from tempo_fast.video.reader import VideoReader
-from tempo_kernels.head import HeadStatistics
 from tempo_kernels.objectives import make_objective
 
 log = logging.getLogger("tempo_fast")
@@ -174,6 +175,8 @@ def run_stage(
     reading = ExitStack()
     try:
         source = reading.enter_context(_reading(ctx, bundle, stage, items, steps[done:]))
+        coming = ([items[i].tree for i in micro] for micro in _micros(ctx, items, steps[done:]))
+        reference = reading.enter_context(reading_ahead(store, coming, device=bundle.device))
         for index in bar:
             ctx.stopper.check()
             begin, decode_before = time.perf_counter(), ctx.features.decode_seconds
@@ -183,7 +186,7 @@ def run_stage(
             micros, real = micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world)
             for number, micro in enumerate(micros):
                 _seed_dropout(ctx.seed, stage.name, index, ranks.rank, number)
-                loss, part, counts = _forward(engine, ctx, bundle, stage, [items[i] for i in micro], store, source)
+                loss, part, counts = _forward(engine, ctx, bundle, stage, [items[i] for i in micro], reference, source)
                 if not torch.isfinite(loss):
                     names = ", ".join(items[i].tree.id for i in micro)
                     raise InputError(
@@ -274,16 +277,21 @@ def _reading(
     ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], steps: list[list[int]]
 ) -> AbstractContextManager[Source]:
     """The reader, ahead of the micro-batches of this rank; videos whose features are at hand are left out."""
-    rank, world, budget = ctx.ranks.rank, ctx.ranks.world, ctx.train.max_tokens
-    plans = upcoming_plans(items, (m for step in steps for m in micro_batches(items, step, budget, rank, world)[0]))
+    plans = upcoming_plans(items, _micros(ctx, items, steps))
     if stage.vision_lora:
         return prefetching(ctx.reader, plans, ctx.loader)
     cached = ctx.features.finder(bundle.family, bundle.model)
     return prefetching(ctx.reader, plans, ctx.loader, skip=lambda plan: cached(plan.key), once=True)
 
 
+def _micros(ctx: Context, items: list[Item], steps: list[list[int]]) -> Iterator[list[int]]:
+    """This rank's micro-batches of ``steps``, in order."""
+    for step in steps:
+        yield from micro_batches(items, step, ctx.train.max_tokens, ctx.ranks.rank, ctx.ranks.world)[0]
+
+
 def _forward(
-    engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], store: ReferenceStore | None, source: Source
+    engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], reference: ReadAhead | None, source: Source
 ):
     """Loss sum, metric sums and (tokens, videos, reference hits, misses) of one micro-batch."""
     trees = [i.tree for i in items]
@@ -302,15 +310,12 @@ def _forward(
         inputs = {"pixels": Pixels(blank, [grid], [0]), "blank": True}
     elif plans:
         inputs = {"features": ctx.features.features(bundle.family, bundle.model, source, plans)}
-    hits = misses = 0
-    if store is not None:
-        hits_before, misses_before = store.hits, store.misses
-        keys = [store.key(tree, b) for tree in trees for b in range(len(tree.branches))]
-        cached = store.get(keys, kl=store.kl)
-        inputs["reference"] = HeadStatistics(*[None if t is None else t.to(bundle.device) for t in cached])  # type: ignore[arg-type]
-        hits, misses = store.hits - hits_before, store.misses - misses_before
+    hits = 0
+    if reference is not None:
+        inputs["reference"] = reference.get(trees)
+        hits = sum(len(tree.branches) for tree in trees)
     loss, sums = engine(packed, batch, kinds, **inputs)
-    return loss, sums, (packed.n_tokens, len(plans), hits, misses)
+    return loss, sums, (packed.n_tokens, len(plans), hits, 0)
 
 
 def _over_ranks(sums: Sums, tokens: int, videos: int, ranks: Ranks) -> tuple[Sums, int, int]:

@@ -1,0 +1,360 @@
+"""``python -m bench plan``: the memory that ``tempo-fast plan`` predicts, beside the peak of a real training.
+
+Each case trains a model of random weights for a few steps through ``training.loop.run_stage``, in a process of its own
+(two under ``torchrun`` where the case says so). Measured is the highest sum of live bytes of torch's allocator, from
+the profiler's memory events, over the bytes of the model before; and ``rss_mib``, the process's highest resident size
+over that before the model was made, which also holds what libraries and the interpreter take. On CUDA it is the
+allocator's own peak. ``ratio`` is predicted over measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.measure import environment, table, write
+
+Row = dict[str, Any]
+COLUMNS = (
+    "case", "parameters", "trained", "tokens", "dtype", "checkpointing", "engine", "phase", "predicted_mib",
+    "measured_mib", "ratio", "rss_mib",
+)  # fmt: skip
+MOST_OFF = 0.15
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by its sizes, and what it trains on. ``grid``: patches of a video in time, height and width."""
+
+    name: str
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    keys: int
+    vocabulary: int
+    vision: tuple[int, int, int]
+    """Depth, width and heads of the tower."""
+    grid: tuple[int, int, int]
+    words: int
+    """Prompt tokens that are not visual."""
+    answer: int
+    policy: str
+    records: int = 4
+    per_step: int = 1
+    """Records of an optimizer step and rank."""
+    max_tokens: int = 100_000
+    rejected: int = 3
+    rank: int = 16
+    dropout: float = 0.05
+    dtype: str = "float32"
+    zero: int | None = None
+    ranks: int = 1
+    offload: bool = False
+    objective: str = "dpo"
+    steps: int = 2
+
+    @property
+    def engine(self) -> str:
+        zero = "torch" if self.zero is None else f"zero{self.zero}{'+offload' if self.offload else ''}"
+        return f"{zero} x{self.ranks}"
+
+
+_3M = Case("3m", 192, 512, 5, 6, 2, 2048, (3, 128, 4), (6, 12, 12), 60, 60, "full")
+_30M = Case("30m", 512, 1536, 6, 8, 2, 12000, (4, 256, 4), (8, 16, 16), 60, 80, "none")
+_150M = Case("150m", 1024, 2816, 10, 16, 4, 16000, (4, 384, 6), (6, 16, 20), 60, 100, "full")
+CASES = {
+    case.name: case
+    for case in (
+        *(replace(_3M, name=f"3m-{p}", policy=p) for p in ("none", "selective", "full")),
+        *(replace(_30M, name=f"30m-{p}", policy=p) for p in ("none", "selective", "full")),
+        *(replace(_150M, name=f"150m-{p}", policy=p) for p in ("none", "selective", "full")),
+        replace(_30M, name="30m-bf16", policy="none", dtype="bfloat16"),
+        replace(_30M, name="30m-bf16-full", policy="full", dtype="bfloat16"),
+        replace(_30M, name="30m-no-dropout", dropout=0.0),
+        replace(_30M, name="30m-packed", policy="full", per_step=4, steps=1),
+        replace(_30M, name="30m-micros", per_step=4, steps=1, max_tokens=1100, policy="selective"),
+        replace(_30M, name="30m-kl", objective="tdpo2", policy="full"),
+        replace(_30M, name="30m-long", policy="full", grid=(8, 32, 32)),
+        replace(_30M, name="30m-zero2", policy="full", zero=2, ranks=2),
+        replace(_30M, name="30m-zero3", policy="full", zero=3, ranks=2),
+        replace(_150M, name="150m-zero2", zero=2, ranks=2, rank=64),
+        replace(_150M, name="150m-zero3", zero=3, ranks=2, rank=64),
+    )
+}
+DEFAULT = ("3m-none", "3m-selective", "3m-full", "30m-none", "30m-selective", "30m-full", "150m-none", "150m-full")
+
+
+# -- what is predicted ------------------------------------------------------------------------------------------------
+
+
+def predict(case: Case) -> Row:
+    """The plan of a case: phase, MiB and its parts."""
+    from tempo_fast.plan.memory import Load, memory, trained_elements
+    from tempo_fast.plan.setting import buckets, setting_of
+
+    config, shape = run_config(case, Path("unused")), shape_of_case(case)
+    setting = setting_of(config, cuda=False, world=case.ranks)
+    t, h, w = case.grid
+    visual, responses = t * h * w // 4, (1 + case.rejected) * case.answer
+    one = visual + case.words + responses
+    together = min(case.per_step, case.max_tokens // one)
+    micros = -(-case.per_step // together)
+    load = Load(
+        tokens=together * one, responses=together * responses, visual=together * visual, patches=together * t * h * w,
+        largest_video=t * h * w, micros=micros, videos=case.records if case.ranks == 1 else case.records // case.ranks,
+        feature_bytes=visual * case.hidden * setting.size,
+    )  # fmt: skip
+    zero = buckets(config.train, trained_elements(shape, setting)) if setting.deepspeed else {}
+    found = memory(shape, setting, load, zero, config.features, config.loader)
+    return {
+        "parameters": shape.total, "trained": trained_elements(shape, setting), "tokens": load.tokens,
+        "phase": found.phase, "predicted_mib": found.device / 2**20,
+        "parts": {name: value / 2**20 for name, value in found.parts.items()},
+        "phases": {name: value / 2**20 for name, value in found.phases.items()},
+    }  # fmt: skip
+
+
+def shape_of_case(case: Case) -> Any:
+    from bench.steps.shapes import make_config, make_tokenizer
+    from tempo_fast.models import get_family
+    from tempo_fast.plan.shapes import shape_of
+
+    config = make_config(bench_shape(case), make_tokenizer())
+    return shape_of(case.name, get_family(config.model_type), config)
+
+
+def bench_shape(case: Case) -> Any:
+    from bench.steps.shapes import Shape, _small
+    from tempo_fast.config import LoraConfig
+    from tempo_fast.models.family import Grid
+
+    depth, width, heads = case.vision
+    text = {
+        "vocab_size": case.vocabulary, "hidden_size": case.hidden, "intermediate_size": case.mlp,
+        "num_hidden_layers": case.layers, "num_attention_heads": case.heads, "num_key_value_heads": case.keys,
+    }  # fmt: skip
+    vision = {"depth": depth, "embed_dim": width, "num_heads": heads}
+    t, h, w = case.grid
+    return Shape(
+        case.name, lambda ids: _small(ids, text, vision), Grid(t, h, w), t * h * w // 4 + case.words, case.answer,
+        LoraConfig(r=case.rank, alpha=2 * case.rank, dropout=case.dropout),
+    )  # fmt: skip
+
+
+def run_config(case: Case, out: Path) -> Any:
+    from tempo_fast.config import (
+        LoaderConfig,
+        LoraConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        RunConfig,
+        StageConfig,
+        TrainConfig,
+    )
+
+    train = TrainConfig(
+        objective=ObjectiveConfig(case.objective, {}),
+        stages=[StageConfig(r=4)],
+        lora=LoraConfig(case.rank, 2 * case.rank, case.dropout),
+        gradient_checkpointing=case.policy,  # type: ignore[arg-type]
+        batch_size=case.per_step * case.rejected * case.ranks,
+        max_tokens=case.max_tokens,
+        engine="torch" if case.zero is None else "deepspeed",
+        zero_stage=case.zero or 0,  # type: ignore[arg-type]
+        offload_optimizer=case.offload,
+    )
+    return RunConfig(
+        output_dir=str(out),
+        model=ModelConfig(dtype=case.dtype, device="cpu"),  # type: ignore[arg-type]
+        loader=LoaderConfig(workers=0),
+        train=train,
+    )
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def work(case: Case, out: Path) -> Row:
+    """One training in this process: MiB of live bytes at its highest, by the allocator and by the system."""
+    import torch
+
+    torch.set_num_threads(1)
+    from bench.steps.shapes import make_bundle, make_items
+    from tempo_fast.reference.fill import fill
+    from tempo_fast.reference.store import ReferenceStore
+    from tempo_fast.runtime.ranks import init_ranks
+    from tempo_fast.runtime.signals import Stopper
+    from tempo_fast.training.decodable import DecodeCheck
+    from tempo_fast.training.loop import Context, Stage, run_stage
+    from tempo_fast.trees.vision import FeatureCache
+    from tempo_kernels.objectives import make_objective
+
+    config, shape = run_config(case, out), bench_shape(case)
+    ranks = init_ranks(config)
+    _warm_up()
+    resident = _resident("VmRSS")
+    _reset_resident()
+    bundle = make_bundle(shape, "cpu", getattr(torch, case.dtype))
+    before = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in _tensors(bundle)}.values())
+    items = make_items(shape, bundle, case.records, case.rejected)
+    reader: Any = Noise(bundle.dtype)
+    features = FeatureCache(int(config.features.memory_gib * 2**30))
+    objective = make_objective(case.objective)
+    stage = Stage(
+        name="stage1_r4", r=4, objective=config.train.objective, learning_rate=1e-4, epochs=1,
+        batch_size=config.train.batch_size, lora=config.train.lora, base="random", base_digest="random",
+        dtype=case.dtype, max_steps=case.steps,
+    )  # fmt: skip
+    peaks: Row = {}
+    with Stopper(ranks) as stopper:
+        checked = DecodeCheck(out / "decoded.jsonl", reader, ranks, [], lambda key: True, config.loader)
+        ctx = Context(
+            train=config.train, seed=0, out=out, reader=reader, features=features, ranks=ranks, stopper=stopper,
+            checked=checked, loader=config.loader,
+        )  # fmt: skip
+        with _peak(peaks):
+            store = None
+            if objective.needs_reference:
+                store = ReferenceStore(out / "reference", {"reference": "random"})
+                store.kl = objective.needs_kl
+                fill(
+                    bundle, store, [i.tree for i in items], reader, features, kl=store.kl,
+                    max_tokens=case.max_tokens, ranks=ranks, loader=config.loader,
+                )  # fmt: skip
+            done = run_stage(stage, ctx, bundle, items, store)
+    return {
+        "rank": ranks.rank,
+        "steps": done["steps"],
+        "model_mib": before / 2**20,
+        "measured_mib": before / 2**20 + peaks["mib"],
+        "rss_mib": _resident("VmHWM") - resident,
+    }
+
+
+class Noise:
+    """Pixels of any video, made when they are asked for and not kept, as a reader decodes them."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+
+    def pixels(self, plan: Any) -> Any:
+        """[P, C*t*p*p]"""
+        import torch
+
+        t, h, w = plan.grid
+        return torch.zeros(t * h * w, 3 * 2 * 14**2, dtype=self.dtype)
+
+
+def _tensors(bundle: Any) -> list[Any]:
+    return [*bundle.model.parameters(), *bundle.model.buffers()]
+
+
+def _warm_up() -> None:
+    """What the first use of torch's operators takes once: thread pools, oneDNN, autograd."""
+    import torch
+
+    layer = torch.nn.Linear(64, 64)
+    layer(torch.randn(8, 64)).sum().backward()
+
+
+@contextmanager
+def _peak(into: Row) -> Iterator[None]:
+    """The highest sum of live bytes over those at the start, in MiB."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    into["mib"] = highest / 2**20
+
+
+def _resident(name: str) -> float:
+    """MiB of a line of /proc/self/status; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), 0.0)
+
+
+def _reset_resident() -> None:
+    """The highest resident size starts anew."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def measure(case: Case, timeout: float = 900) -> Row:
+    """Train a case in processes of its own; of several ranks the one that took most."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable]
+        if case.ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
+        command += [*(["-m"] if case.ranks == 1 else ["-m"]), "bench.plan", "--work", case.name, "--out", folder]
+        # small blocks too go back to the system, so that the resident size follows what is live
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+        root = str(Path(__file__).parents[1])
+        env["PYTHONPATH"] = os.pathsep.join([root, str(Path(root) / "kernels"), env.get("PYTHONPATH", "")])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=root)
+        found = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank*.json"))]
+        if done.returncode or len(found) != case.ranks:
+            raise RuntimeError(f"{case.name}: {done.stderr[-3000:]}")
+    return max(found, key=lambda row: row["measured_mib"])
+
+
+def compare(case: Case) -> Row:
+    """A row of the table."""
+    row: Row = {"case": case.name, "impl": "plan", "shape": list(case.grid), "dtype": case.dtype,
+                "checkpointing": case.policy, "engine": case.engine}  # fmt: skip
+    row |= predict(case) | measure(case)
+    row["peak_mib"] = row["measured_mib"]
+    row["ratio"] = row["predicted_mib"] / row["measured_mib"]
+    return row
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench plan", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=(*CASES, "all"), default=list(DEFAULT))
+    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--json", help="also write the rows to this file, as they come")
+    parser.add_argument("--work", choices=tuple(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    if args.work:
+        rank = os.environ.get("RANK", "0")
+        row = work(CASES[args.work], args.out / "run")
+        (args.out / f"rank{rank}.json").write_text(json.dumps(row))
+        return 0
+    env, rows = environment(args.device), []
+    for name in CASES if "all" in args.cases else args.cases:
+        rows.append(compare(CASES[name]))
+        write(args.json, env, rows)
+        print(table(rows[-1:], COLUMNS).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(rows, COLUMNS))
+    off = [row["case"] for row in rows if abs(row["ratio"] - 1) > MOST_OFF]
+    print(f"within {MOST_OFF:.0%}: {len(rows) - len(off)} of {len(rows)}" + (f"; off: {', '.join(off)}" if off else ""))
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    _ = asdict
+    sys.exit(main(sys.argv[1:]))

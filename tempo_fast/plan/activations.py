@@ -1,0 +1,111 @@
+"""Activations that a backward needs, per token: what autograd keeps of transformers' layers with peft's adapters.
+
+D hidden size, F width of the MLP, H query heads, K key heads, d head size, R rank of the adapters, s bytes of an
+element (2 for bfloat16, 4 for float32), m bytes a dropout keeps of an element (1 on CUDA, 4 on a CPU, 0 without one).
+
+A decoder layer keeps, in bytes per token:
+
+    norms      2 · 4·D          RMSNorm works in float32: a copy of its input, or the residual itself (s = 4)
+    attention  s·(2·H·d + 2·X·d) + 4·H    query, output; key and value (X = K, or H where heads are repeated); log-sum-exp
+    MLP        3 · s·F          gate, its activation, the way up
+    adapters   Σ (4 + m)·in + 4·R over the adapted layers: peft casts each layer's input to float32, drops some of it
+               out, and keeps it for the gradient of A, and A's output for that of B. Without dropout in a float32 model
+               nothing is copied, so layers share one input, and attention's output is kept already.
+    weights    Σ s·in over distinct inputs where the model itself trains, and s·D for each norm's weight
+
+With full checkpointing a layer keeps its input, s·D, and one layer at a time has all of the above. ``selective`` also
+keeps outputs of matmuls that do not widen (q, k, v, o, down: s·(2·D + H·d + 2·K·d); of A: 4·R) and attention's
+output. Beyond what is kept, the backward of the last layer's MLP holds (``in_backward``) its gradients.
+
+Sources: transformers 5.23 (models/qwen2_vl/modeling_qwen2_vl.py), peft 0.21 (tuners/lora/layer.py), ``training/
+activations.py``, ``trees/attention_merged.py``; held against torch.autograd.graph.saved_tensors_hooks in the tests.
+"""
+
+from __future__ import annotations
+
+from tempo_fast.plan.setting import Setting
+from tempo_fast.plan.shapes import Linear, Tower
+
+# peft's layers that share an input with the one before, and those whose input attention keeps already
+_SHARED = ("k_proj", "v_proj", "up_proj")
+_OF_ATTENTION = ("o_proj", "proj")
+
+
+def kept_by_layer(tower: Tower, s: Setting) -> dict[str, float]:
+    """Bytes per token that one layer keeps for its backward when nothing is computed again, by term."""
+    d, f, heads = tower.width, tower.mlp, tower.heads * tower.head_dim
+    keys = tower.key_heads * tower.head_dim
+    norm = s.size * d if s.liger else 4 * d
+    seen = keys if s.grouped_keys else heads
+    kept = {
+        "norms": 2.0 * norm + (4 * (heads + keys) if tower.head_norms else 0),
+        "attention": s.size * (2 * heads + 2 * seen) + 4 * tower.heads,
+        "mlp": (2 if s.liger else 3) * s.size * f if tower.gated else 2 * s.size * f,
+    }
+    if s.lora:
+        kept["adapters"] = sum(kept_by_adapter(x, s) for x in tower.linears if x.adapted)
+    else:
+        inputs = sum(x.inputs for x in tower.linears if _leaf(x) not in (*_SHARED, *_OF_ATTENTION))
+        kept["weights"] = s.size * (inputs + 2 * d)
+    return kept
+
+
+def kept_by_adapter(linear: Linear, s: Setting) -> float:
+    """Bytes per token that the adapter of one layer keeps."""
+    if s.dropout or s.size == 2:
+        return (4 + s.mask) * linear.inputs + 4 * s.rank
+    alone = _leaf(linear) not in (*_SHARED, *_OF_ATTENTION)
+    return (4 * linear.inputs if alone else 0) + 4 * s.rank
+
+
+def _leaf(linear: Linear) -> str:
+    return linear.name.rsplit(".", 1)[-1]
+
+
+def kept(tower: Tower, s: Setting, *, crossing: float = 0.0) -> float:
+    """Bytes per token that all layers keep between forward and backward under the policy.
+
+    ``crossing``: share of the tokens that are answers; attention keeps their output twice (over their own branch, and
+    over the prompt).
+    """
+    if s.policy == "none":
+        return tower.depth * sum(kept_by_layer(tower, s).values())
+    layer = s.size * tower.width
+    if s.policy == "selective":
+        heads = tower.heads * tower.head_dim
+        layer += sum(s.size * x.outputs for x in tower.linears if x.outputs <= x.inputs)
+        layer += sum(4 * s.rank for x in tower.linears if x.adapted)
+        layer += (s.size * heads + 4 * tower.heads) * (1 + crossing)
+    return tower.depth * layer
+
+
+def again(tower: Tower, s: Setting) -> float:
+    """Bytes per token that one layer adds while the backward computes it again; 0 where nothing is.
+
+    What the policy has kept is not made twice.
+    """
+    if s.policy == "none":
+        return 0.0
+    whole = sum(kept_by_layer(tower, s).values())
+    # the first norm's float32 input is the kept one
+    shared = s.size * tower.width if s.size == 4 else 0
+    if s.policy == "selective":
+        shared += s.size * tower.heads * tower.head_dim + sum(4 * s.rank for x in tower.linears if x.adapted)
+    return whole - shared
+
+
+def in_backward(tower: Tower, s: Setting) -> float:
+    """Bytes per token of gradients at the highest point of an MLP's backward, over what was kept at its start.
+
+    The way down first: A's gradient in float32, 4·F, while its input is still there; then gate and way up, when what
+    the way down kept has gone. Beside it, gradients of the layer's output: one for the residual, one for the MLP, and
+    the adapter's in float32.
+    """
+    f = tower.mlp
+    if not s.lora:
+        wide = 2 * s.size * f
+    elif s.size == 4 and not s.dropout:
+        wide = 8 * f
+    else:
+        wide = 4 * f
+    return wide + (2 * s.size + 4) * tower.width

@@ -1,0 +1,296 @@
+"""Memory of one rank: what stays, and the highest of the phases of a step.
+
+Bytes, with P frozen and Q trained elements, s bytes of an element, N ranks, all trained values in float32:
+
+                 weights                  gradients            optimizer (AdamW)        beside the step
+    torch        s·P + 4·Q                4·Q                  8·Q                      -
+    ZeRO-0       s·P + 4·Q                4·Q                  8·Q                      one bucket
+    ZeRO-2       s·P + 4·Q                4·Q/N + bucket       4·Q/N masters + 8·Q/N    4·Q/N, gradients made flat
+    ZeRO-3       (s·P + 4·Q)/N + live     4·Q/N + bucket       8·Q/N                    4·Q/N
+
+Under ZeRO-3 a frozen vision tower is whole on every rank, parameters below ``stage3_param_persistence_threshold`` are
+whole too, and ``live`` is what is gathered at the turn from forward to backward: DeepSpeed keeps a parameter whose next
+use is nearer than ``stage3_max_reuse_distance`` elements, so the last half of that distance, and what is prefetched.
+Where the model itself trains in bfloat16, Q weighs s in the model and 4 more as a master. Offloading moves the
+optimizer's column, and with it gradients' partitions, to the host; ``offload_param`` the partitions of the weights.
+
+The phases are: encoding videos (frozen tower), the turn from forward to backward (all that is kept, and the head or
+the last layer's backward, whichever is more), and the update. Each has what stays beneath it.
+
+Sources: Rajbhandari et al., arXiv 1910.02054 (the table); DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py,
+partitioned_param_coordinator.py (what it allocates in float32 mode); ``runtime/zero.py``; ``plan/activations.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tempo_fast.config import FeaturesConfig, LoaderConfig
+from tempo_fast.plan.activations import again, in_backward, kept, kept_by_layer
+from tempo_fast.plan.setting import Setting
+from tempo_fast.plan.shapes import Shape, Tower
+
+CONTEXT_GIB = 0.6
+"""Assumed: CUDA's context, cuBLAS workspaces and loaded kernels of one process."""
+NCCL_GIB = 0.8
+"""Assumed: NCCL's channels and buffers with several ranks."""
+FRAGMENTATION = 0.06
+"""Assumed: share of the allocated that the caching allocator holds and cannot use."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one rank's largest micro-batch holds, and how many there are in a step."""
+
+    tokens: int
+    """Of the packed row (of all rows, without trees)."""
+    responses: int
+    """Of these, answer tokens: the head's rows."""
+    visual: int
+    """Of these, visual tokens."""
+    patches: int
+    """Of the videos of the micro-batch."""
+    largest_video: int
+    """Patches of the largest video: encoded in a call of its own."""
+    micros: int = 1
+    videos: int = 0
+    """Distinct videos whose features may be kept in memory; 0: as many as fit."""
+    feature_bytes: int = 0
+    """Of one video's features."""
+
+
+@dataclass
+class Memory:
+    """Of one rank, in bytes, at its highest moment. ``parts`` add up to ``device``."""
+
+    phase: str
+    parts: dict[str, float]
+    phases: dict[str, float]
+    host: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def device(self) -> float:
+        return sum(self.parts.values())
+
+
+def trained_elements(shape: Shape, s: Setting) -> int:
+    """Q."""
+    if s.lora:
+        return shape.text.lora(s.rank) + (shape.tower.lora(s.rank) if s.train_vision else 0)
+    head = shape.head if s.train_head and not shape.shared_head else 0
+    # a frozen head that shares the embedding holds it still
+    embedding = shape.embedding if s.train_head or not shape.shared_head else 0
+    return shape.language + head + embedding + (shape.vision if s.train_vision else 0)
+
+
+def states(shape: Shape, s: Setting, zero: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float], float]:
+    """What stays on the device and on the host, in bytes, and what the update adds. ``zero``: ``setting.buckets``."""
+    q, n, z = trained_elements(shape, s), s.world, s.size
+    frozen = shape.total - (0 if s.lora else q)
+    weight = 4 if s.lora else z  # of a trained element in the model
+    bucket = 4.0 * zero.get("reduce_bucket_size", 0)
+    device: dict[str, float] = {"weights": z * frozen + weight * q, "gradients": 4.0 * q, "optimizer": 8.0 * q}
+    host: dict[str, float] = {}
+    # AdamW's square roots: of all with CUDA's grouped operators, else of one tensor, with a quotient beside it
+    update = 4.0 * q if s.cuda else 8.0 * largest_trained(shape, s)
+    if weight < 4:
+        device["optimizer"] += 4.0 * q  # float32 masters
+    if not s.deepspeed:
+        return device, host, update
+    if s.stage == 0:
+        return device, host, max(update, 4.0 * q)
+    part = q / n
+    update = (4.0 + 8.0) * part
+    if s.stage == 2:
+        device["gradients"] = 4.0 * part
+        device["optimizer"] = (4.0 + 8.0) * part
+    else:
+        outside = 0 if s.train_vision else shape.vision
+        split = shape.total - outside - shape.small
+        trained = min(q, split + q) if s.lora else q
+        held = z * (outside + shape.small)
+        partition = (z * (split - (0 if s.lora else trained)) + weight * trained) / n
+        device["weights"] = held
+        (host if s.offload_parameters else device)["weights partition"] = partition
+        device["gathered"] = live_elements(shape, s, zero) * z + _gathered_adapters(shape, s, q)
+        device["gradients"] = 4.0 * part
+        device["optimizer"] = 8.0 * part + (4.0 * part if weight < 4 else 0.0)
+    device["buckets"] = bucket
+    if s.offload_optimizer:
+        host["gradients"], host["optimizer"] = device.pop("gradients"), device.pop("optimizer") + (
+            4.0 * part if s.stage == 3 and weight == 4 else 0.0
+        )
+        update = 4.0 * part
+    return device, host, update
+
+
+def largest_trained(shape: Shape, s: Setting) -> int:
+    """Elements of the largest tensor that trains."""
+    linears = [x for t in (shape.text, *([shape.tower] if s.train_vision else [])) for x in t.linears]
+    if s.lora:
+        return max(s.rank * max(x.inputs, x.outputs) for x in linears if x.adapted)
+    return max([x.inputs * x.outputs for x in linears] + ([shape.embedding] if not shape.shared_head else []))
+
+
+def live_elements(shape: Shape, s: Setting, zero: Mapping[str, Any]) -> float:
+    """Frozen elements that ZeRO-3 holds gathered at the turn from forward to backward."""
+    partitioned = shape.language + shape.embedding + (0 if shape.shared_head else shape.head) - shape.small
+    if s.train_vision:
+        partitioned += shape.vision
+    reuse = zero.get("stage3_max_reuse_distance", 1e9) / 2 + zero.get("stage3_prefetch_bucket_size", 5e7)
+    return min(float(partitioned), min(reuse, zero.get("stage3_max_live_parameters", 1e9)))
+
+
+def _gathered_adapters(shape: Shape, s: Setting, q: int) -> float:
+    """Adapters are gathered with their layers, in float32."""
+    return 4.0 * q if s.lora else 0.0
+
+
+def memory(
+    shape: Shape,
+    s: Setting,
+    load: Load,
+    zero: Mapping[str, Any],
+    features: FeaturesConfig,
+    loader: LoaderConfig,
+) -> Memory:
+    """The highest moment of a step of one rank, by part.
+
+    Args:
+        zero: DeepSpeed's ``zero_optimization`` section.
+        features, loader: how much of features and decoded videos is kept.
+    """
+    device, host, update = states(shape, s, zero)
+    resting = {**device}
+    # gradients come as activations go: with one micro-batch they are not there yet when these are at their highest
+    before = dict(resting)
+    if load.micros == 1 and not (s.deepspeed and s.stage == 3):
+        before.pop("gradients", None)
+    cached = feature_cache(shape, s, load, features)
+    pixels = pixel_bytes(shape, s) * load.largest_video
+    waiting = {"features": cached, "loader": loader.ahead * pixels if loader.workers else 0.0}
+    if not s.cuda:
+        waiting = {"features": cached, "loader": 0.0}
+        host["loader"] = loader.ahead * pixels if loader.workers else 0.0
+    turn, head = turn_parts(shape, s, load)
+    phases: dict[str, dict[str, float]] = {
+        "encode": {**before, **waiting, "activations": encoding(shape.tower, s) * load.largest_video + 2 * pixels},
+        "backward": {**before, **waiting, **turn},
+        "head": {**before, **waiting, **head},
+        "update": {**resting, **waiting, "activations": update},
+    }
+    if s.train_vision:
+        del phases["encode"]
+    overhead = 0.0
+    if s.cuda:
+        overhead = (CONTEXT_GIB + (NCCL_GIB if s.world > 1 else 0.0)) * 2**30
+    for parts in phases.values():
+        if s.cuda:
+            parts["overhead"] = overhead + FRAGMENTATION * sum(parts.values())
+    sums = {name: sum(parts.values()) for name, parts in phases.items()}
+    phase = max(sums, key=lambda name: sums[name])
+    return Memory(phase, _named(phases[phase]), sums, host)
+
+
+def turn_parts(shape: Shape, s: Setting, load: Load) -> tuple[dict[str, float], dict[str, float]]:
+    """At the turn from forward to backward: with the last layer's backward, and with the head's walk."""
+    t, n, d = load.tokens, load.responses, shape.text.width
+    share = n / max(1, t)
+    held = kept(shape.text, s, crossing=share) * t
+    # of the first layer nothing before its adapters needs a gradient; the final norm keeps its input
+    if s.policy == "none":
+        first = next((x for x in shape.text.linears if x.adapted), None)
+        held -= 3 * s.mask * (first.inputs if first else 0) * t
+    else:
+        held += 4 * d * t
+    # the row of embeddings, its features, positions and rotary tables
+    row = t * (s.size * d + 2 * s.size * shape.text.head_dim + 8 * 8)
+    visual = load.visual * s.size * shape.feature_width
+    if s.train_vision:
+        held += (kept(shape.tower, s) + encoding_kept(shape)) * load.patches
+        visual = 0.0
+    backward = (again(shape.text, s) + in_backward(shape.text, s)) * t
+    if s.train_vision and s.policy != "none":
+        backward = max(backward, (again(shape.tower, s) + in_backward(shape.tower, s)) * load.patches)
+    walk = head_bytes(shape, s, n)
+    saved = 4.0 * n * d * (2 if s.kl else 1)
+    parts = {"activations": held + row + backward, "features of the row": visual, "loss head": saved}
+    return parts, {"activations": held + row + 2 * s.size * d * t, "features of the row": visual, "loss head": walk}
+
+
+def head_bytes(shape: Shape, s: Setting, n: int) -> float:
+    """The walk over the vocabulary: hidden states, mean (and the reference's), and one slab of logits.
+
+    N·D·(s + 4), 4·N·D more with the KL, 4·min(N, 2048)·512 of logits, and the casts of a bfloat16 head.
+    Source: ``tempo_kernels/sweep.py``. A head that trains has its gradient beside it.
+    """
+    from tempo_kernels.sweep import ROWS, SLICE
+
+    d = shape.text.width
+    walk = n * d * (s.size + 4.0 + (8.0 if s.kl else 0.0)) + 4.0 * min(n, ROWS) * SLICE
+    if s.size == 2:
+        walk += 4.0 * d * (min(n, ROWS) + SLICE)
+    return walk + (s.size * shape.head if s.train_head else 0.0)
+
+
+def encoding(tower: Tower, s: Setting) -> float:
+    """Bytes per patch of a frozen tower's forward at its highest, in an MLP: residual, norm, and of the width inside
+    the way up, a product and its activation (a gate has both branches)."""
+    return s.size * (2 * tower.width + 3 * tower.mlp)
+
+
+def encoding_kept(shape: Shape) -> float:
+    return 0.0
+
+
+def feature_cache(shape: Shape, s: Setting, load: Load, features: FeaturesConfig) -> float:
+    """Features in memory: ``features.memory_gib``, or of all videos where they are fewer."""
+    limit = features.memory_gib * 2**30
+    if s.train_vision:
+        return 0.0
+    return min(limit, float(load.videos * load.feature_bytes)) if load.videos else limit
+
+
+def pixel_bytes(shape: Shape, s: Setting) -> float:
+    """Of one patch: channels · frames of a temporal patch · side², in the tower's dtype."""
+    g = shape.geometry
+    return float(s.size * 3 * g.temporal * g.patch**2)
+
+
+def generation(shape: Shape, s: Setting, prompts: int, tokens: int) -> dict[str, float]:
+    """Memory of making pairs by the transformers engine: weights, and keys and values of so many prompts at once, each
+    of ``tokens`` tokens with its answer: 2·L·K·d·s bytes a token."""
+    t = shape.text
+    keys = 2.0 * t.depth * t.key_heads * t.head_dim * s.size * tokens * prompts
+    return {"weights": float(s.size * shape.total), "keys and values": keys}
+
+
+def _named(parts: Mapping[str, float]) -> dict[str, float]:
+    """The parts as a plan shows them."""
+    out: dict[str, float] = {}
+    names = {
+        "weights partition": "weights", "gathered": "weights", "buckets": "gradients", "features of the row": "features",
+        "loader": "features",
+    }  # fmt: skip
+    for name, value in parts.items():
+        key = names.get(name, name)
+        out[key] = out.get(key, 0.0) + value
+    return out
+
+
+def with_tokens(load: Load, factor: float) -> Load:
+    """The same micro-batch with so many times the video."""
+    visual = round(load.visual * factor)
+    return replace(
+        load,
+        tokens=load.tokens + visual - load.visual,
+        visual=visual,
+        patches=round(load.patches * factor),
+        largest_video=round(load.largest_video * factor),
+        feature_bytes=round(load.feature_bytes * factor),
+    )
+
+
+__all__ = ["Load", "Memory", "generation", "kept_by_layer", "memory", "states", "trained_elements", "with_tokens"]

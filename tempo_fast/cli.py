@@ -38,6 +38,7 @@ _CONFIG_VERBS = {
 _PLAIN_VERBS = {
     "merge": "fold an adapter into its base model",
     "pairs convert": "preference data from one format to another: TRL, ms-swift, LLaMA-Factory, RRPO, Parquet, ...",
+    "plan": "memory, time and cost of a recipe on so many GPUs, before anything is started",
     "scan": "probe every video of a folder, before a long run meets a broken one",
     "tinyworld": "generate the small world of the demo, or rebuild its base model",
     "doctor": "versions, devices, decoders, and what is missing for what",
@@ -261,6 +262,14 @@ def _convert(words: list[str]) -> None:
     convert_command(args.source, args.out, options)
 
 
+def _plan(words: list[str]) -> None:
+    from tempo_fast.plan.command import add_options, plan_command
+
+    parser = _Parser("tempo-fast plan", description=_PLAIN_VERBS["plan"], allow_abbrev=False)
+    add_options(parser)
+    plan_command(*parser.parse_known_args(words))
+
+
 def _scan(words: list[str]) -> None:
     parser = _Parser("tempo-fast scan", description=_PLAIN_VERBS["scan"], allow_abbrev=False)
     parser.add_argument("videos", help="folder, glob, text file with one path a line, or JSON lines that name videos")
@@ -332,6 +341,7 @@ def _doctor(words: list[str]) -> None:
 _PLAIN: dict[str, Callable[[list[str]], None]] = {
     "merge": _merge,
     "pairs convert": _convert,
+    "plan": _plan,
     "scan": _scan,
     "tinyworld": _tinyworld,
     "doctor": _doctor,

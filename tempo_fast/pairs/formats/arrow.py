@@ -75,7 +75,8 @@ def write_parquet(f: BinaryIO, rows: Iterable[Row], schema: dict[str, Any]) -> N
     fields = pa.schema([(name, arrow_type(spec)) for name, spec in schema.items()])
     texts = [name for name in schema if fields.field(name).type == pa.string()]
     rows = iter(rows)
-    with pq.ParquetWriter(f, fields, compression="zstd") as writer:
+    # statistics would hold the first and last text of every group, in memory until the end
+    with pq.ParquetWriter(f, fields, compression="zstd", write_statistics=False) as writer:
         while group := list(islice(rows, ROWS)):
             for row in group:
                 row.update({n: dumps(row[n]) for n in texts if not isinstance(row.get(n), (str, type(None)))})

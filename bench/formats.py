@@ -1,8 +1,8 @@
 """``python -m bench formats``: preference data through every format and back: what is lost, how fast, in what memory.
 
 ``chains``: random records (``random_records``), native -> A -> B -> native for every ordered pair of formats, the
-digest of the records' canonical JSON compared; ``write`` and ``read`` are rows/s of the conversions that begin and end
-in native JSON lines, grouping included. ``memory``: the highest resident memory (VmHWM) of a process that converts
+digest of the records' canonical JSON compared; ``write`` and ``read`` are rows per second of CPU time of the conversions
+that begin and end in native JSON lines, grouping included. ``memory``: the highest resident memory (VmHWM) of a process that converts
 native -> A -> native, by number of records; ``grown`` is the largest over the smallest. ``broken``: a file in which one
 row in a hundred is spoiled; the others must come through, and the problems must name exactly those. Exit code 1 where
 one of these fails; ``--bound`` is the MiB that memory may grow.
@@ -125,15 +125,15 @@ def chains(
     rows, lost = [], []
     for a in kinds:
         (folder / a).mkdir()
-        began = time.perf_counter()
+        began = time.process_time()
         first = step(native, a, folder / a)
-        write_s, read_s = time.perf_counter() - began, 0.0
+        write_s, read_s = time.process_time() - began, 0.0
         for b in kinds:
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 second = step(first, b, Path(place))
-                began = time.perf_counter()
+                began = time.process_time()
                 back = step(second, "native", Path(place))
-                read_s += (time.perf_counter() - began) if a == b else 0.0
+                read_s += (time.process_time() - began) if a == b else 0.0
                 if content(iter_pairs(back)) != true:
                     lost.append(f"{a} -> {b}")
         n = count if KINDS[a][0] == "native" else answers
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         rows, lost = chains(args.records, Path(folder), args.kinds)
-        print(table(rows, ("kind", "rows", "write", "read", "mib")))
+        print(table(rows, ("kind", "rows", "write", "read", "mib")), flush=True)
         print(f"{len(args.kinds) ** 2} chains of {args.records} records, {len(lost)} lose something {', '.join(lost)}")
         spoiled = [broken(k, args.records, Path(folder)) for k in args.kinds if k in NEEDED]
         print(table(spoiled, ("kind", "rows", "spoiled", "named", "others")))

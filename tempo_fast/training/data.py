@@ -15,25 +15,17 @@ import torch
 from tempo_fast.errors import InputError
 from tempo_fast.models.load import Bundle
 from tempo_fast.runtime.progress import progress
+from tempo_fast.runtime.ranks import Ranks
 from tempo_fast.runtime.seeds import generator
 from tempo_fast.schema import PreferenceRecord, SFTRecord
-from tempo_fast.trees.layout import ResponseTree, build_tree
+from tempo_fast.training.item import Item
+from tempo_fast.trees.layout import build_tree
 from tempo_fast.trees.packing import check_budget, pack
 from tempo_fast.video.reader import FramePlan, VideoReader
 
 log = logging.getLogger("tempo_fast")
 
-
-@dataclass
-class Item:
-    """One tree with what the metrics want to know of it: the perturbation kind of each pair."""
-
-    tree: ResponseTree
-    kinds: list[str]
-
-    @property
-    def n_pairs(self) -> int:
-        return len(self.kinds)
+_TOGETHER = 4096  # records that ranks exchange at a time
 
 
 @dataclass
@@ -45,13 +37,20 @@ class Items:
 
 
 def preference_items(
-    bundle: Bundle, reader: VideoReader, records: Sequence[PreferenceRecord], *, spans_needed: bool = False
+    bundle: Bundle,
+    reader: VideoReader,
+    records: Sequence[PreferenceRecord],
+    *,
+    spans_needed: bool = False,
+    ranks: Ranks | None = None,
 ) -> Items:
     """One tree per record. Text and frame plans only: nothing is decoded.
 
     Args:
         spans_needed: leave out, and say so, rejected answers in which no key phrase is marked on either side: a loss
             over key phrases would count them as pairs and learn no preference from them.
+        ranks: share the work; all of them call this with the same records and get the same items. None: this process
+            does all of it.
 
     Raises:
         InputError: an empty answer (named by record), or no usable record at all.
@@ -71,6 +70,7 @@ def preference_items(
                     [[], *(x.spans for x in rejected)],
                     [record.spans_for(x) for x in rejected],
                     [x.kind for x in rejected],
+                    record.r,
                 )
             )
     if bare:
@@ -78,47 +78,84 @@ def preference_items(
         log.warning(told, len(bare), bare[0])
     if not rows and bare:
         raise InputError(f"pairs: no key phrase is marked in any record (first: {bare[0]}), the objective needs them")
-    items = _items(bundle, reader, rows, "pairs")
-    lost = [i.tree.id for i in items.items for _ in i.tree.unaligned] if spans_needed else []
+    items = _items(bundle, reader, rows, "pairs", ranks)
+    lost = [i.id for i in items.items for _ in range(i.unaligned)] if spans_needed else []
     if lost:
         log.warning("pairs: %d key phrases cover no token of their answer (first: record %s)", len(lost), lost[0])
     return items
 
 
-def sft_items(bundle: Bundle, reader: VideoReader, records: Sequence[SFTRecord]) -> Items:
+def sft_items(
+    bundle: Bundle, reader: VideoReader, records: Sequence[SFTRecord], *, ranks: Ranks | None = None
+) -> Items:
     """One single-branch tree per record; see :func:`preference_items`."""
-    rows = [(r.id, r.video, r.prompt, [r.response], None, None, ["sft"]) for r in records]
-    return _items(bundle, reader, rows, "sft")
+    rows = [(r.id, r.video, r.prompt, [r.response], None, None, ["sft"], 0) for r in records]
+    return _items(bundle, reader, rows, "sft", ranks)
 
 
-def _items(bundle: Bundle, reader: VideoReader, rows: Sequence[tuple], what: str) -> Items:
+def _items(bundle: Bundle, reader: VideoReader, rows: Sequence[tuple], what: str, ranks: Ranks | None) -> Items:
+    """Every rank reads its share of the videos and tokenises what is said about them; then all have all."""
+    ranks = ranks or Ranks()
+    number: dict[str, int] = {}
+    for row in rows:
+        number.setdefault(row[1], len(number))
     plans: dict[str, list[FramePlan] | None] = {"": []}
     out = Items([])
-    for id_, video, prompt, answers, spans, pair_spans, kinds in progress(rows, desc=f"{what}: reading", unit="record"):
-        if video not in plans:
+    with progress(len(rows), desc=f"{what}: reading", unit="record") as bar:
+        for start in range(0, len(rows), _TOGETHER):
+            part = rows[start : start + _TOGETHER]
+            mine = [i for i, row in enumerate(part) if number[row[1]] % ranks.world == ranks.rank]
+            found: dict[int, Item] = {}
+            bad: dict[int, dict[str, str]] = {}
+            error = ""
             try:
-                plans[video] = [reader.plan(video)]
+                for i in mine:
+                    item = _item(bundle, reader, part[i], plans, bad, i)
+                    found.update({} if item is None else {i: item})
+                    bar.update(ranks.world)
             except InputError as e:
-                plans[video] = None
-                out.quarantined.append({"video": video, "reason": str(e)})
-        if (plan := plans[video]) is None:
-            continue
-        tree = build_tree(
-            bundle.family,
-            bundle.tokenizer,
-            bundle.config,
-            id=id_,
-            prompt_text=prompt,
-            answers=answers,
-            spans=spans,
-            pair_spans=pair_spans,
-            plans=plan,
-        )
-        out.items.append(Item(tree, kinds))
+                error = str(e)
+            every = ranks.all_gather_object((found, bad, error))
+            if failed := [e for _, _, e in every if e]:
+                raise InputError(failed[0])
+            for table, into in ((0, out.items), (1, out.quarantined)):
+                joined = {i: value for gathered in every for i, value in gathered[table].items()}
+                into.extend(joined[i] for i in sorted(joined))
     if not out.items:
         first = f" (first: {out.quarantined[0]['reason']})" if out.quarantined else ""
         raise InputError(f"{what}: no usable record{first}")
     return out
+
+
+def _item(
+    bundle: Bundle,
+    reader: VideoReader,
+    row: tuple,
+    plans: dict[str, list[FramePlan] | None],
+    bad: dict[int, dict[str, str]],
+    at: int,
+) -> Item | None:
+    id_, video, prompt, answers, spans, pair_spans, kinds, r = row
+    if video not in plans:
+        try:
+            plans[video] = [reader.plan(video)]
+        except InputError as e:
+            plans[video] = None
+            bad[at] = {"video": video, "reason": str(e)}
+    if (plan := plans[video]) is None:
+        return None
+    tree = build_tree(
+        bundle.family,
+        bundle.tokenizer,
+        bundle.config,
+        id=id_,
+        prompt_text=prompt,
+        answers=answers,
+        spans=spans,
+        pair_spans=pair_spans,
+        plans=plan,
+    )
+    return Item(tree, kinds, r)
 
 
 def plan_steps(
@@ -182,7 +219,7 @@ def micro_batches(
     it. Every rank gets the same number of micro-batches: one that would run out repeats its first (or the step's first
     tree) at the end, to be given weight 0.
     """
-    lengths = {i: items[i].tree.n_tokens for i in step}
+    lengths = {i: items[i].n_tokens for i in step}
     shares: list[list[int]] = [[] for _ in range(world)]
     tokens = [0] * world
     for i in sorted(step, key=lambda i: -lengths[i]):
@@ -199,18 +236,18 @@ def micro_batches(
 
 
 def _ids(items: Sequence[Item], share: Sequence[int]) -> list[str]:
-    return [items[i].tree.id for i in share]
+    return [items[i].id for i in share]
 
 
 def upcoming_plans(items: Sequence[Item], micros: Iterable[Sequence[int]]) -> Iterator[Any]:
     """The videos of micro-batches in the order in which they are read: each distinct one once per micro-batch."""
     for micro in micros:
-        yield from {plan.key: plan for i in micro for plan in items[i].tree.plans}.values()
+        yield from {plan.key: plan for i in micro for plan in items[i].plans}.values()
 
 
 def check_lengths(items: Sequence[Item], max_tokens: int) -> None:
     """Raise InputError naming the first record longer than the budget, before anything is decoded."""
-    check_budget([i.tree.n_tokens for i in items], max_tokens, ids=_ids(items, range(len(items))))
+    check_budget([i.n_tokens for i in items], max_tokens, ids=_ids(items, range(len(items))))
 
 
 def branch_batch(items: Sequence[Item], packed: Any) -> tuple[Any, list[str]]:

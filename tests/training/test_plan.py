@@ -91,9 +91,7 @@ def test_windows_make_the_items_of_a_step_alike() -> None:
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 5), st.integers(100, 300))
 def test_ranks_share_a_step_by_tokens(lengths: list[int], world: int, budget: int) -> None:
-    items: list[Any] = [
-        SimpleNamespace(tree=SimpleNamespace(n_tokens=n, id=str(i)), n_pairs=1) for i, n in enumerate(lengths)
-    ]
+    items: list[Any] = [SimpleNamespace(n_tokens=n, id=str(i), n_pairs=1) for i, n in enumerate(lengths)]
     step = list(range(len(lengths)))
     padded, counts = zip(*(micro_batches(items, step, budget, r, world) for r in range(world)), strict=True)
     real = [rows[:n] for rows, n in zip(padded, counts, strict=True)]

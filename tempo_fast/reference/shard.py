@@ -42,9 +42,9 @@ def tensors_of(form: str) -> tuple[str, ...]:
     return _TENSORS.get(form, ("logp", "lse", "hidden"))
 
 
-def hidden_form(dtype: torch.dtype) -> str:
-    """The form that holds hidden states of this dtype: they are exact for a model that runs in it."""
-    return f"hidden.{str(dtype).removeprefix('torch.')}"
+def form_of(keep: str, dtype: torch.dtype) -> str:
+    """The form that ``reference.keep`` asks for. Hidden states have the ``dtype`` the model runs in: they are exact."""
+    return MEAN if keep == MEAN else f"hidden.{str(dtype).removeprefix('torch.')}"
 
 
 class Header(NamedTuple):

@@ -46,6 +46,7 @@ from tempo_fast.reference.shard import (
     Row,
     digest_of,
     encode,
+    form_of,
     read_header,
     tensors_of,
 )
@@ -89,7 +90,7 @@ class ReferenceStore:
         fields: what identifies the reference and everything else that decides its statistics and is not in a record:
             digests of weights and head, and so on. JSON values.
         compatible: what only changes rounding (dtype, versions); kept in the manifest, a difference is logged.
-        form: in what form the KL's part is kept: ``mean_embedding``, or ``hidden_form(dtype)``.
+        form: in what form the KL's part is kept, see ``shard.py`` and ``form_of``.
 
     Attributes:
         kl: whether entries must hold what the exact KL needs; the default of ``missing``, ``get`` and ``read``.
@@ -326,7 +327,7 @@ class ReferenceStore:
         tensors = {}
         if hidden is not None:
             tensors["hidden"] = torch.cat([hidden[key].detach().cpu() for key in entries])
-            form = f"hidden.{str(tensors['hidden'].dtype).removeprefix('torch.')}"
+            form = form_of("hidden", tensors["hidden"].dtype)
         for name in tensors_of(form):
             if name != "hidden":
                 tensors[name] = torch.cat([getattr(s, name).detach().float().cpu() for s in entries.values()])

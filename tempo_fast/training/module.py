@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tempo_fast.errors import InputError
 from tempo_fast.models.family import Family
 from tempo_fast.runtime.head import apply_head
 from tempo_fast.trees.batch import PackedBatch
@@ -61,7 +62,7 @@ class TrainModule(nn.Module):
         features: Tensor | None = None,
         pixels: Pixels | None = None,
         blank: bool = False,
-        reference: HeadStatistics | None = None,
+        reference: HeadStatistics | Tensor | None = None,
         imitate: bool = False,
         score: bool = False,
     ) -> tuple[Tensor, Sums]:
@@ -73,13 +74,17 @@ class TrainModule(nn.Module):
             features: visual features [G, D] of a frozen tower, or
             pixels: decoded videos, encoded here with gradient.
             blank: the pixels belong to no video of the batch: they are encoded, with gradient zero.
-            reference: statistics of the N tokens; ``mean_embedding`` may be None when no KL is needed.
+            reference: statistics of the N tokens; ``mean_embedding`` may be None when no KL is needed. Or the
+                reference's hidden states [N, D], for a head that is frozen.
             imitate: the loss is SFT's, whatever the objective.
             score: only compare.
 
         Returns:
             The sum of the Q pair losses (scalar, float32) and the metric sums; with ``score`` the reward margins [Q]
             and no metric.
+
+        Raises:
+            InputError: hidden states of a reference, and a head that trains.
         """
         if pixels is not None:
             features = encode_pixels(self.family, self.model, pixels)
@@ -90,6 +95,11 @@ class TrainModule(nn.Module):
         hidden = tree_hidden(self.family, self.model, packed, features, self.attention)
 
         def values(hidden: Tensor, weight: Tensor) -> HeadOutput:
+            if isinstance(reference, Tensor) and weight.requires_grad:
+                raise InputError(
+                    "reference.keep: hidden states stand for the reference only under the head they were computed for,"
+                    " and this one trains; set it to mean_embedding"
+                )
             # cached statistics give no KL once the head trains, and only some objectives need one
             kl = objective.needs_kl or not (weight.requires_grad or score)
             return linear_logp(hidden, weight, packed.labels, reference=reference, kl=kl)

@@ -14,25 +14,15 @@ from tempo_fast.errors import InputError
 ADAM_EPS = 1e-8
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, whose next update can be left out (``skip``): weights, moments and step count stay as they are."""
-
-    skip = False
-
-    def step(self, closure: Any = None) -> Any:
-        if self.skip:
-            self.skip = False
-            return None
-        return super().step(closure)
-
-
-def make_adamw(params: Mapping[str, nn.Parameter], config: TrainConfig) -> AdamW:
+def make_adamw(
+    params: Mapping[str, nn.Parameter], config: TrainConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> Any:
     """AdamW with beta1 .9; vectors (biases, norms) are not decayed. The learning rate comes with each step."""
     decayed = [p for p in params.values() if p.ndim >= 2]
     plain = [p for p in params.values() if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
     groups.append({"params": plain, "weight_decay": 0.0})
-    return AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, config.adam_beta2), eps=ADAM_EPS)
+    return kind([g for g in groups if g["params"]], lr=0.0, betas=(0.9, config.adam_beta2), eps=ADAM_EPS)
 
 
 def check_trainable(params: Mapping[str, nn.Parameter], config: TrainConfig) -> None:

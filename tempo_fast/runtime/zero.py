@@ -40,6 +40,15 @@ def import_deepspeed(device: torch.device) -> Any:
         ) from e
 
 
+class _MeasuredAdamW(torch.optim.AdamW):
+    """An update happens only if ``ready``, called before it, says so; else weights, moments and step count stay."""
+
+    ready: Callable[[], bool]
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure) if self.ready() else None
+
+
 class DeepSpeedEngine:
     """A module in ``deepspeed.initialize``. See :class:`tempo_fast.runtime.engine.TrainEngine`."""
 
@@ -63,10 +72,10 @@ class DeepSpeedEngine:
         self.max_grad_norm = config.max_grad_norm
         self.params = dict(params)
         self.module = module
-        self.optimizer = make_adamw(params, config)
+        # ZeRO asks for torch's own class, and leaves out a bad update itself
+        self.optimizer = make_adamw(params, config, torch.optim.AdamW if self.stage else _MeasuredAdamW)
+        self.optimizer.ready = self._measure
         self._norm = 0.0
-        if self.stage == 0:
-            self.optimizer.register_step_pre_hook(self._measure)
         settings = zero_config(config, sum(p.numel() for p in params.values()), persist_below=persist_below)
         self._linear = nn.functional.linear
         self._outside = _FrozenVision(module, self.stage)
@@ -87,14 +96,13 @@ class DeepSpeedEngine:
         norm = float(self.engine.get_global_grad_norm() or 0.0) if self.stage else self._norm
         return norm if math.isfinite(norm) else math.inf
 
-    def _measure(self, *_: Any) -> None:
-        """Before a stage-0 update, when the gradients have been averaged: their norm, and clipping."""
+    def _measure(self) -> bool:
+        """Before a stage-0 update, its gradients averaged: their norm, clipping, and whether all is finite."""
         for p in self.params.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         self._norm = float(nn.utils.clip_grad_norm_(self.params.values(), self.max_grad_norm or math.inf))
-        if not math.isfinite(self._norm):
-            self.optimizer.skip = True
+        return math.isfinite(self._norm)
 
     # -- state: every rank keeps its own pieces ---------------------------------------------------------------------
 

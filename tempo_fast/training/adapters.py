@@ -1,4 +1,7 @@
-"""LoRA through peft: attach, load, save, merge. Saved keys are those of the ForConditionalGeneration class."""
+"""What trains: LoRA through peft (attach, load, save, merge), or the language model itself.
+
+Saved keys are those of the ForConditionalGeneration class.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,36 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def unfreeze(bundle: Bundle, *, head: bool = False, vision: bool = False) -> nn.Module:
+    """Let the language model train; the vocabulary head (and an input embedding that shares its weight) and the vision
+    tower with its projector only where asked."""
+    family, model = bundle.family, bundle.model
+    apart = {id(p) for p in family.vision_tower(model).parameters()} if not vision else set()
+    if not head:
+        apart |= {id(p) for p in family.head(model).parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) not in apart)
+    return model
+
+
+def save_model(bundle: Bundle, folder: Path) -> None:
+    """Write the whole model, in its dtype, as a directory that ``from_pretrained`` loads: complete or absent."""
+    model: Any = bundle.model
+    model.config.dtype = bundle.dtype
+    with new_folder(folder) as tmp:
+        model.save_pretrained(str(tmp), safe_serialization=True)
+        _copy_beside(Path(bundle.path), tmp)
+
+
+def _copy_beside(checkpoint: Path, folder: Path) -> None:
+    """Tokenizer, templates and settings of a checkpoint: all that is neither weights nor in ``folder`` already."""
+    for path in checkpoint.iterdir():
+        wanted = path.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in path.name
+        ours = path.name in ("card.json", "merge.json")
+        if path.is_file() and wanted and not ours and not (folder / path.name).exists():
+            shutil.copy2(path, folder / path.name)
+
+
 def save_lora(model: Any, folder: Path, base: str) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``: complete or absent."""
     model.peft_config["default"].base_model_name_or_path = base
@@ -109,10 +142,6 @@ def merge_lora(
     merged.config.dtype = stored
     with new_folder(out) as tmp:
         merged.save_pretrained(str(tmp), safe_serialization=True)
-        for name in Path(bundle.path).iterdir():
-            wanted = name.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in name.name
-            ours = name.name in ("card.json", "merge.json")
-            if name.is_file() and wanted and not ours and not (tmp / name.name).exists():
-                shutil.copy2(name, tmp / name.name)
+        _copy_beside(Path(bundle.path), tmp)
         write_json(tmp / "merge.json", {**(note or {}), "max_rounding_error": error})
     return error

@@ -25,9 +25,9 @@ from tempo_fast.runtime.ranks import Ranks
 from tempo_fast.runtime.seeds import generator
 from tempo_fast.runtime.signals import Stopper
 from tempo_fast.training.activations import set_recompute
-from tempo_fast.training.adapters import save_lora, trainable_parameters
+from tempo_fast.training.adapters import save_lora, save_model, trainable_parameters
 from tempo_fast.training.adaptive import Looks, held_out_margins
-from tempo_fast.training.checkpoint import drop_checkpoints, load_newest, refuse_other, save_checkpoint
+from tempo_fast.training.checkpoint import Checkpoints, refuse_other
 from tempo_fast.training.data import (
     Item,
     branch_batch,
@@ -112,7 +112,7 @@ def identity_of(
         "attention": t.attention,
         **({"length_window": t.length_window} if t.length_window > 1 else {}),
         **({"batched_features": True} if ctx.features.batched else {}),
-        "engine": [t.engine, t.zero_stage],
+        **({"tune": [t.tune, t.tune_head]} if t.tune != "lora" else {}),
         **ctx.features.identity(),
         "data": digest([i.digest for i in items]),
         **({"adaptive": looks.identity} if looks else {}),
@@ -182,7 +182,8 @@ def run_stage(
     _set_mode(bundle, t, stage.vision_lora)
     engine = make_train_engine(module, trainable_parameters(module), t, ranks)
     done = tokens_seen = 0
-    if newest := load_newest(folder, identity, ranks):
+    saves = _checkpoints(stage, ctx, identity, store, len(steps))
+    if newest := saves.newest():
         done, state = newest
         engine.load_state_dict(state["engine"])
         tokens_seen = state["num_tokens"]
@@ -202,6 +203,7 @@ def run_stage(
         reference = reading.enter_context(reading_ahead(store, coming, device=bundle.device))
         for index in bar:
             ctx.stopper.check()
+            saves.check()
             begin, decode_before = time.perf_counter(), ctx.features.decode_seconds
             sums, tokens, videos, hits = Sums(), 0, 0, [0, 0]
             seen = ctx.features.counts()
@@ -275,14 +277,13 @@ def run_stage(
                     steps = steps[: index + 1]
                     break
             if (index + 1) % t.save_steps == 0 and index + 1 < len(steps):
-                state = _state(engine, tokens_seen, looks)
-                save_checkpoint(folder, index + 1, state, identity, ranks, keep=t.keep_checkpoints)
+                saves.save(index + 1, _state(engine, tokens_seen, looks))
                 saved = index + 1
     except Interrupted as stop:
         # check() is the first thing in a step: exactly ``index`` steps are complete.
         if index > saved:
-            state = _state(engine, tokens_seen, looks)
-            save_checkpoint(folder, index, state, identity, ranks, keep=t.keep_checkpoints)
+            saves.save(index, _state(engine, tokens_seen, looks))
+        saves.wait()
         raise Interrupted(
             f"stopped in {stage.name} after step {index} of {len(steps)}; the same command resumes", stop.exit_code
         ) from stop
@@ -291,19 +292,48 @@ def run_stage(
         bar.close()
         if writer:
             writer.close()
+    if t.keep_stage_states:
+        saves.save(len(steps), _state(engine, tokens_seen, looks))
+    saves.wait()
     engine.sync_adapter()
     result: dict[str, Any] = {}
     if ranks.is_main:
-        save_lora(bundle.model, folder / "adapter", stage.base)
+        if t.tune == "full":
+            save_model(bundle, folder / "model")
+        else:
+            save_lora(bundle.model, folder / "adapter", stage.base)
         result = _result(stage, folder, items[:own], steps, identity, time.perf_counter() - started)
         if looks:
             result["decisions"] = looks.rows
         if between:
             result["sft_steps"] = sum(step[0] >= own for step in steps)
         write_json(folder / "stage.json", result)
-        drop_checkpoints(folder)
+        saves.drop(keep=int(t.keep_stage_states))
     bundle.model.eval()
     return ranks.all_gather_object(result)[0]
+
+
+def _checkpoints(
+    stage: Stage, ctx: Context, identity: dict[str, Any], store: ReferenceStore | None, total: int
+) -> Checkpoints:
+    """The stage's checkpoints; one that was trained against another reference is refused as well."""
+    t = ctx.train
+    about = {
+        "stage": stage.name,
+        "total_steps": total,
+        "schedule": {"warmup_ratio": t.warmup_ratio, "then": "cosine to 0", "peak": stage.learning_rate},
+        "order": {"seed": ctx.seed, "of": "seed, stage and epoch"},
+        "dropout": {"seed": ctx.seed, "of": "seed, stage, step, rank and micro-batch"},
+    }
+    reference = {"reference_store": digest(store.fields)} if store is not None else {}
+    return Checkpoints(
+        ctx.out / stage.name,
+        {**identity, **reference},
+        ctx.ranks,
+        keep=t.keep_checkpoints,
+        background=t.async_save,
+        about=about,
+    )
 
 
 def _state(engine, tokens_seen: int, looks: Looks | None) -> dict[str, Any]:
@@ -428,7 +458,8 @@ def _result(
         "accuracy": late("rewards/accuracies"),
         "seconds": round(seconds, 3),
         "base": stage.base,
-        "adapter": str(folder / "adapter"),
+        "adapter": str(folder / "adapter") if (folder / "adapter").is_dir() else "",
+        "model": str(folder / "model") if (folder / "model").is_dir() else "",
         "vision_lora": stage.vision_lora,
         "identity": identity,
     }

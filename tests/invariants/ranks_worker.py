@@ -32,15 +32,16 @@ from tempo_kernels.head import HeadOutput, head_statistics, linear_logp  # noqa:
 from tempo_kernels.objectives import BranchBatch, make_objective  # noqa: E402
 
 STEPS = 4
+LONG = 20
 LINEAR = torch.nn.functional.linear
 ANSWERS = ["A red circle moves left.", "Then a blue square grows.", "x", "It appears at last.", "A green triangle"]
 
 
-def make_trees(bundle: Any) -> list[Any]:
-    """Six trees of 1 + 1 to 1 + 3 answers, odd frame counts, one without a video."""
+def make_trees(bundle: Any, *, single: bool = False) -> list[Any]:
+    """Six trees of 1 + 1 to 1 + 3 answers (``single``: of one), odd frame counts, one without a video."""
     out = []
     for i in range(6):
-        answers = [f"{i} {ANSWERS[(i + j) % 5]}" for j in range(2 + i % 3)]
+        answers = [f"{i} {ANSWERS[(i + j) % 5]}" for j in range(1 if single else 2 + i % 3)]
         if bundle.geometry.side:
             video: Any = FramesPlan(f"v{i}", 1 + i, bundle.geometry)
         else:
@@ -63,8 +64,8 @@ def make_trees(bundle: Any) -> list[Any]:
 
 
 def pairs_of(packed: Any) -> BranchBatch:
-    chosen = [b[0] for b in packed.tree_branches for _ in b[1:]]
-    rejected = [x for b in packed.tree_branches for x in b[1:]]
+    chosen = [b[0] for b in packed.tree_branches for _ in b[1:] or b]
+    rejected = [x for b in packed.tree_branches for x in b[1:] or b]
     return BranchBatch(
         branch=packed.branch,
         n_branches=packed.n_branches,
@@ -83,54 +84,74 @@ def reference_of(bundle: Any, packed: Any, visual: Any) -> Any:
         return head_statistics(hidden, bundle.family.head(bundle.model).weight, packed.labels)
 
 
-def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, resume_at: int = 0) -> dict[str, Any]:
-    """Losses and gradient norms of STEPS steps over all ranks, one tree per micro-batch, and the trained weights after
-    ``sync_adapter``. ``resume_at`` goes on in a second engine from the first one's state."""
-    options = {"beta": 0.3, "alpha": 0.5} if objective == "rrpo" else {"beta": 0.3, "sft_weight": 1.0}
+OPTIONS: dict[str, dict[str, float]] = {
+    "dpo": {"beta": 0.3, "sft_weight": 1.0},
+    "rrpo": {"beta": 0.3, "alpha": 0.5},
+    "leanpo": {"beta": 2.0, "gamma": 0.5},
+    "sft": {},
+}
+
+
+def make_engine(module: Any, config: TrainConfig, ranks: Ranks) -> Any:
+    params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if config.engine == "torch":
+        return make_train_engine(module, params, config, ranks)
+    from tempo_fast.runtime.zero import DeepSpeedEngine
+
+    return DeepSpeedEngine(module, params, config, ranks, persist_below=0)  # so that tiny weights are partitioned
+
+
+def set_up(bundle: Any, objective: str) -> tuple[TrainModule, list[Any]]:
+    """As training sets it: activations recomputed in the backward, the frozen tower in eval mode, one tree per
+    micro-batch with its reference."""
+    made = make_objective(objective, **OPTIONS[objective])
     reader: Any = FramesReader() if bundle.geometry.side else conftest.FakeReader()
-    cache = FeatureCache()
-    trees = make_trees(bundle)
-    batches = []
-    for tree in trees:
+    cache, batches = FeatureCache(), []
+    for tree in make_trees(bundle, single=objective == "sft"):
         packed = collate([tree])
         visual = cache.features(bundle.family, bundle.model, reader, packed.plans)
-        batches.append((packed, pairs_of(packed), visual, reference_of(bundle, packed, visual)))
-    # as training sets it: activations recomputed in the backward, the frozen tower in eval mode
+        reference = reference_of(bundle, packed, visual) if made.needs_reference else None
+        batches.append((packed, pairs_of(packed), visual, reference))
     bundle.model.train()
     bundle.family.vision_tower(bundle.model).eval()
     set_recompute(bundle.model, "selective" if objective == "rrpo" else "full")
-    bundle.model.enable_input_require_grads()
+    return TrainModule(bundle.model, bundle.family, made), batches
+
+
+def one_step(engine: Any, batches: list[Any], ranks: Ranks, lr: float) -> tuple[float, float]:
+    """Loss over all ranks, each of which takes every world-th tree, and the gradient norm."""
+    total, loss_sum = sum(len(b[1].chosen) for b in batches), torch.zeros(1, dtype=torch.float64)
+    for packed, batch, visual, reference in batches[ranks.rank :: ranks.world]:
+        visual = visual() if callable(visual) else visual
+        loss, _ = engine(packed, batch, ["drop"] * len(batch.chosen), features=visual, reference=reference)
+        engine.backward(loss * (ranks.world / total))
+        loss_sum += loss.detach().double() / total
+    return float(ranks.all_reduce_sum(loss_sum)), engine.step(lr)
+
+
+def train(
+    bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, resume_at: int = 0, steps: int = STEPS
+) -> dict[str, Any]:
+    """Losses and gradient norms of the steps over all ranks, and the trained weights after ``sync_adapter``.
+    ``resume_at`` goes on in a second engine from the first one's states."""
+    module, batches = set_up(bundle, objective)
     before = {n: p.detach().clone() for n, p in bundle.model.named_parameters() if p.requires_grad}
-    module = TrainModule(bundle.model, bundle.family, make_objective(objective, **options))
-
-    def engine_of() -> Any:
-        params = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        if config.engine == "torch":
-            return make_train_engine(module, params, config, ranks)
-        from tempo_fast.runtime.zero import DeepSpeedEngine
-
-        return DeepSpeedEngine(module, params, config, ranks, persist_below=0)  # so that tiny weights are partitioned
-
-    engine = engine_of()
-    total = sum(len(b[1].chosen) for b in batches)
+    engine = make_engine(module, config, ranks)
+    lr = 1e-3 if steps == LONG or config.tune == "full" else 1e-2
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         if resume_at and step == resume_at:
-            state = engine.state_dict()
+            states = ranks.all_gather_object(engine.state_dict())
             engine.sync_adapter()
             with torch.no_grad():
                 for n, p in bundle.model.named_parameters():
                     if n in before:
                         p.copy_(before[n])
-            engine = engine_of()
-            engine.load_state_dict(state)
-        loss_sum = torch.zeros(1, dtype=torch.float64)
-        for packed, batch, visual, reference in batches[ranks.rank :: ranks.world]:
-            loss, _ = engine(packed, batch, ["drop"] * len(batch.chosen), features=visual, reference=reference)
-            engine.backward(loss * (ranks.world / total))
-            loss_sum += loss.detach().double() / total
-        losses.append(float(ranks.all_reduce_sum(loss_sum)))
-        norms.append(engine.step(1e-2))
+            engine = make_engine(module, config, ranks)
+            engine.load_state_dict(states[ranks.rank :] + states[: ranks.rank])
+        loss, norm = one_step(engine, batches, ranks, lr)
+        losses.append(loss)
+        norms.append(norm)
     partitioned = sum(hasattr(p, "ds_id") for p in module.parameters())
     vision_outside = not any(hasattr(p, "ds_id") for p in bundle.family.vision_tower(bundle.model).parameters())
     engine.sync_adapter()
@@ -145,7 +166,53 @@ def train(bundle: Any, config: TrainConfig, ranks: Ranks, objective: str, *, res
     return {
         "losses": losses, "norms": norms, "sums": weights, "squares": squares, "after": float(again.detach()),
         "partitioned": partitioned, "vision_outside": vision_outside, "plain": plain,
+        "dtypes": sorted({str(p.dtype) for p in module.parameters()}),
     }  # fmt: skip
+
+
+def go_on(bundle: Any, config: TrainConfig, ranks: Ranks, states: list[Any] | None, steps: int) -> dict[str, Any]:
+    """The first ``steps`` steps, or those after ``states`` of any number of ranks; and the states afterwards."""
+    module, batches = set_up(bundle, "rrpo")
+    engine = make_engine(module, config, ranks)
+    if states is not None:
+        engine.load_state_dict(states)
+    losses = [one_step(engine, batches, ranks, 1e-2)[0] for _ in range(steps)]
+    after = ranks.all_gather_object(engine.state_dict())
+    engine.sync_adapter()
+    return {"losses": losses, "states": after}
+
+
+def skip_vision(bundle: Any, ranks: Ranks) -> dict[str, Any]:
+    """Under ZeRO-3 the last rank encodes every video in the step, the others find their features: losses of 4 steps."""
+    module, batches = set_up(bundle, "dpo")
+    engine = make_engine(module, config_of("deepspeed", 3), ranks)
+    calls: list[int] = []
+    bundle.family.vision_tower(bundle.model).register_forward_hook(lambda *_: calls.append(1))
+    if ranks.rank == ranks.world - 1:
+        reader, cache = conftest.FakeReader(), FeatureCache(max_bytes=0)
+
+        def lazily(packed: Any) -> Any:
+            return lambda: cache.features(bundle.family, bundle.model, reader, packed.plans)
+
+        batches = [(packed, batch, lazily(packed), reference) for packed, batch, _, reference in batches]
+    losses = [one_step(engine, batches, ranks, 1e-2)[0] for _ in range(STEPS)]
+    engine.sync_adapter()
+    return {"losses": losses, "calls": len(calls)}
+
+
+def skip_a_bad_step(bundle: Any, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """Two steps, between them one whose loss is not finite on the last rank alone: its norm, and the losses."""
+    module, batches = set_up(bundle, "dpo")
+    engine = make_engine(module, config, ranks)
+    losses = [one_step(engine, batches, ranks, 1e-2)[0]]
+    packed, batch, visual, reference = batches[ranks.rank]
+    loss, _ = engine(packed, batch, ["drop"] * len(batch.chosen), features=visual, reference=reference)
+    engine.backward(loss * (float("nan") if ranks.rank == ranks.world - 1 else 1.0))
+    norm = engine.step(1e-2)
+    losses += [one_step(engine, batches, ranks, 1e-2)[0] for _ in range(2)]
+    steps = engine.state_dict()["step"]
+    engine.sync_adapter()
+    return {"norm": norm, "losses": losses, "steps": steps}
 
 
 def fill_together(bundle: Any, ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -228,36 +295,64 @@ def train_below_a_frozen_head(ranks: Ranks, engine: str, stage: int) -> dict[str
     return {"losses": losses, "held": held, "layer": module.layer.weight.tolist()}
 
 
-def config_of(engine: str, stage: int) -> TrainConfig:
-    return dataclasses.replace(TrainConfig(), engine=engine, zero_stage=stage, max_grad_norm=0.5, weight_decay=0.1)
+def config_of(engine: str, stage: int, **changes: Any) -> TrainConfig:
+    config = dataclasses.replace(TrainConfig(), engine=engine, zero_stage=stage, max_grad_norm=0.5, weight_decay=0.1)
+    return dataclasses.replace(config, **changes)
 
 
-def bundle_of(path: str, dtype: str) -> Any:
-    """The bundle in a folder, with adapters; ``FOLDER+head`` trains the vocabulary head as well."""
+def bundle_of(path: str, dtype: str, tune: str = "lora") -> Any:
+    """The bundle in a folder, with adapters or all of the language model; ``FOLDER+head`` trains the head as well."""
     from tempo_fast.models.load import load_bundle
+    from tempo_fast.training.adapters import unfreeze
 
     folder, _, head = path.partition("+")
-    bundle = conftest.add_lora(load_bundle(folder, dtype, "cpu"))
+    bundle = load_bundle(folder, dtype, "cpu")
+    if tune == "full":
+        unfreeze(bundle, head=bool(head))
+        return bundle
+    bundle = conftest.add_lora(bundle)
     if head:
         bundle.family.head(bundle.model).weight.requires_grad_()
     return bundle
 
 
-def main(folder: str, out: str, cases: list[list[Any]]) -> None:
+def name_of(case: dict[str, Any]) -> str:
+    return "-".join(str(v).rpartition("/")[2] for v in case.values())
+
+
+def main(folder: str, out: str, cases: list[dict[str, Any]]) -> None:
     from tempo_fast.runtime.ranks import init_ranks
 
     ranks = init_ranks()
     results: dict[str, Any] = {}
-    filled = fill_together(bundle_of(f"{folder}/tied", "float32"), ranks, Path(out + ".store"))
+    began = time.monotonic()
+    tied = lambda: bundle_of(f"{folder}/tied", "float32")  # noqa: E731
+    filled = fill_together(tied(), ranks, Path(out + ".store"))
     results["fill"] = ranks.all_gather_object(filled)
     results["stop"] = ranks.all_gather_object(stop_together(ranks))
     results["frozen head"] = ranks.all_gather_object(train_below_a_frozen_head(ranks, "deepspeed", 3))
-    for head, stage, dtype, objective, resume_at in cases:
-        bundle = bundle_of(f"{folder}/{head}", dtype)
-        result = train(bundle, config_of("deepspeed", stage), ranks, objective, resume_at=resume_at)
+    results["skipped vision"] = ranks.all_gather_object(skip_vision(tied(), ranks))
+    for stage in (0, 2, 3):
+        config = config_of("deepspeed", stage)
+        bad = skip_a_bad_step(tied(), config, ranks)
+        results[f"bad step {stage}"] = ranks.all_gather_object(bad)
+        # from one rank to two, and what two leave for one
+        first = torch.load(f"{folder}/one.pt", weights_only=True)
+        results[f"go on {stage}"] = go_on(tied(), config, ranks, [first], 2)["losses"]
+        made = go_on(tied(), config, ranks, None, 2)
+        if ranks.is_main:
+            torch.save(made["states"], f"{folder}/two-{stage}.pt")
+    for case in cases:
+        known = ("model", "stage", "dtype", "objective", "resume_at", "steps")
+        changes = {k: v for k, v in case.items() if k not in known}
+        bundle = bundle_of(f"{folder}/{case['model']}", case["dtype"], changes.get("tune", "lora"))
+        config = config_of("deepspeed", case["stage"], **changes)
+        how = {"resume_at": case.get("resume_at", 0), "steps": case.get("steps", STEPS)}
+        result = train(bundle, config, ranks, case["objective"], **how)
         every = ranks.all_gather_object(result)
         assert all(r["sums"] == result["sums"] for r in every), "ranks hold different weights"
-        results[f"{head}-{stage}-{dtype}-{objective}-{resume_at}"] = result
+        results[name_of(case)] = result
+    results["seconds"] = time.monotonic() - began
     if ranks.is_main:
         Path(out).write_text(json.dumps(results))
     ranks.barrier()

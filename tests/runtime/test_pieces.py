@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempo_fast.errors import InputError
-from tempo_fast.runtime.pieces import Slot, load_pieces, save_pieces, share, shapes_of, whole
+from tempo_fast.runtime.pieces import Slot, load_pieces, save_pieces, shapes_of, share, whole
 
 
 def flat_ranks(params: dict[str, Tensor], world: int, order: list[str]) -> list[list[Slot]]:

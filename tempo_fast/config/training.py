@@ -101,10 +101,10 @@ class ReferenceConfig:
     kl: Literal["objective", "always"] = "objective"
     """Store what the exact KL needs only when the objective uses it, or always, so that the KL is logged."""
     keep: Literal["mean_embedding", "hidden"] = "mean_embedding"
-    """What is stored for the exact KL. ``mean_embedding``: 4 bytes a token and hidden channel, nothing more to compute.
-    ``hidden``: the reference's hidden states in the model's dtype, 2 bytes in bfloat16 and as exact; a training step
-    runs the vocabulary head over the answers once more. Smaller means would not do: in bfloat16 the KL's gradient is 6 %
-    off at a KL of 1e-3, and more the smaller it is."""
+    """What is stored for the exact KL. ``mean_embedding``: 4 bytes a token and hidden channel, nothing left to compute.
+    ``hidden``: the reference's hidden states in the model's dtype, 2 bytes in bfloat16 and as exact; a step then runs
+    the vocabulary head over the answers once more. (A mean in bfloat16 would put the gradient of a KL of 1e-3 off by
+    6 %, and of smaller ones by more.)"""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import logging
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 GRACE = 0.5
 """Seconds that threads get to finish once nothing more is wanted of them: a frame being decoded, not an answer."""
 
+LONGEST_PAUSE = 30.0
+"""Seconds between two tries at most, unless Retry-After asks for more."""
+
 RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -35,8 +39,8 @@ class OpenAIEngine:
     adapter, among those that ``/models`` lists; the first one where it is empty. A server that lists none is asked for
     the name as it stands. A key in the environment variable OPENAI_API_KEY is sent as bearer token. Server errors (5xx,
     408, 409, 425, 429) and broken connections are tried again, ``generation.attempts`` times in all, waiting
-    ``backoff`` seconds doubled each time, or what Retry-After says. A signal, or a request that fails for good, ends
-    ``generate`` at once: answers still in flight are not waited for.
+    ``backoff`` seconds doubled each time up to LONGEST_PAUSE, or what Retry-After says. A signal, or a request that
+    fails for good, ends ``generate`` at once: answers still in flight are not waited for.
 
     Args:
         reader: video.reader.VideoReader; None for requests of words alone.
@@ -143,7 +147,7 @@ class OpenAIEngine:
         reason = ""
         attempts = self.config.attempts
         for attempt in range(attempts):
-            wait = self.backoff * 2**attempt
+            wait = min(LONGEST_PAUSE, self.backoff * 2**attempt)
             try:
                 call = urllib.request.Request(self.base + path, data, headers)
                 with urllib.request.urlopen(call, timeout=self.config.timeout_s) as response:  # noqa: S310 - the user's own URL
@@ -153,7 +157,11 @@ class OpenAIEngine:
                 if e.code not in RETRY_STATUS:
                     raise InputError(f"generation.endpoint: {self.base}{path} refuses ({reason})") from e
                 wait = max(wait, _seconds(e.headers.get("Retry-After")))
-            except (OSError, json.JSONDecodeError) as e:  # refused, reset, timed out, cut off
+            except (
+                OSError,
+                http.client.HTTPException,
+                json.JSONDecodeError,
+            ) as e:  # refused, reset, timed out, cut off
                 reason = str(getattr(e, "reason", e)) or type(e).__name__
             except ValueError as e:
                 raise InputError(f"generation.endpoint: {self.base!r} is not a URL ({e})") from e

@@ -65,6 +65,13 @@ class Handler(BaseHTTPRequestHandler):
         if words[0] == "drop" and count == 1:
             self.close_connection = True
             return self.connection.close()
+        if words[0] == "half" and count == 1:
+            self.send_response(200)
+            self.send_header("Content-Length", "500")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [')
+            self.close_connection = True
+            return
         if words[0] == "odd": return self.reply(200, {"choices": []})
         images = sum(p["type"] == "image_url" for p in content)
         self.reply(200, {"choices": [{"message": {"content": f" {images} images: {text}\n"}}]})
@@ -144,7 +151,7 @@ def test_answers_in_order_with_frames(server, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("prompt", ["fail 2 500", "fail 3 429", "fail 1 503", "drop once"])
+@pytest.mark.parametrize("prompt", ["fail 2 500", "fail 3 429", "fail 1 503", "drop once", "half an answer"])
 def test_tried_again(server, prompt):
     assert engine_of(server).generate([Request((), prompt), Request((), "fine")]) == [
         f"0 images: {prompt}",

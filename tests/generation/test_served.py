@@ -194,9 +194,12 @@ def test_a_model_that_is_not_served_is_named(server: Server, reader: Any) -> Non
         engine_of(server, reader, repetition_penalty=1.05).generate([Request((), "So?")])
 
 
-def test_a_server_killed_and_started_again_is_asked_again(server: Server, reader: Any) -> None:
-    requests = [Request((), f"What happened before {i}?") for i in range(30)]
-    engine = engine_of(server, reader, batch_size=3, attempts=12)
+def test_a_server_killed_and_started_again_is_asked_again(
+    server: Server, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_engine, "LONGEST_PAUSE", 0.5)
+    requests = [Request((), f"What happened before {i}?") for i in range(40)]
+    engine = engine_of(server, reader, batch_size=3, attempts=500)
     want = engine.generate(requests)
     texts: list[str] = []
     asking = threading.Thread(target=lambda: texts.extend(engine.generate(requests)))
@@ -207,12 +210,12 @@ def test_a_server_killed_and_started_again_is_asked_again(server: Server, reader
     server.kill()
     assert server.answered() < before + len(requests) and asking.is_alive()
     server.start()
+    server.wait()
     asking.join(timeout=120)
     assert texts == want
 
 
 def test_a_server_that_dies_for_good(server: Server, reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.wait()
     engine = engine_of(server, reader, batch_size=2, attempts=3)
     monkeypatch.setattr(openai_engine, "_pause", lambda seconds, stop: server.kill())
     before = server.answered()

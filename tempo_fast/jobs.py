@@ -38,7 +38,9 @@ def pairs_job(run: Run) -> Any:
     from tempo_fast.pairs.run import PairsJob
 
     config = run.config
-    bundle = None if config.generation.engine == "openai" else run.loaded(config.model.path)
+    bundle = None
+    if config.generation.engine != "openai":  # vLLM loads the weights itself
+        bundle = run.light if config.generation.engine == "vllm" else run.loaded(config.model.path)
     engine = make_engine(config.generation, bundle, run.reader, run.features, seed=config.seed)
     judge = make_judge(config.judge, config.seed)
     folder, prompts = run.out / "pairs", run.data.prompts

@@ -260,7 +260,7 @@ def _evaluate_one(run: Run, base: str, adapter: str, truths: list[Truth], questi
 
     config, bundle = run.config, run.loaded(base)
     # captions are the model's own, whoever captioned the clips
-    captions = dataclasses.replace(config.generation, engine="transformers")
+    captions = dataclasses.replace(config.generation, engine="transformers", adapter="")
     with adapter_on(bundle, adapter):
         engine = make_engine(captions, bundle, run.reader, run.features, seed=config.seed)
         return probe(bundle, run.reader, run.features, config.eval, truths, questions, engine, seed=config.seed)

@@ -20,7 +20,7 @@ class GenerationConfig:
     adapter: str = ""
     """PEFT adapter folder that the transformers and vLLM engines answer with; empty: the model as it is."""
     batch_size: int = 32
-    """Prompts answered together by the transformers engine; requests in flight at an endpoint."""
+    """Answers in progress at a time, in every engine."""
     temperature: float = 0.0
     """0 is greedy. The authors aggregate at 0.7."""
     top_p: float = 1.0

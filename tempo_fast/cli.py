@@ -39,6 +39,9 @@ _PLAIN_VERBS = {
     "merge": "fold an adapter into its base model",
     "pairs convert": "preference data from one format to another: TRL, ms-swift, LLaMA-Factory, RRPO, Parquet, ...",
     "plan": "memory, time and cost of a recipe on so many GPUs, before anything is started",
+    "reference ls": "what a store of reference statistics holds, and when it was last used",
+    "reference verify": "read every shard of a store, and name the damaged ones",
+    "reference gc": "drop what a store no longer needs, and merge its small shards",
     "scan": "probe every video of a folder, before a long run meets a broken one",
     "tinyworld": "generate the small world of the demo, or rebuild its base model",
     "doctor": "versions, devices, decoders, and what is missing for what",
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_how_to_resume(str(e), words, e.resumable), e.exit_code, debug)
     except (KeyboardInterrupt, _Terminated) as e:
         what, code = ("terminated", 75) if isinstance(e, _Terminated) else ("interrupted", 130)
-        resumable = bool(words) and words[0] in _CONFIG_VERBS and words[:2] != ["pairs", "convert"]
+        resumable = bool(words) and words[0] in _CONFIG_VERBS and " ".join(words[:2]) not in _PLAIN_VERBS
         what += "; finished work is kept, resume with" if resumable else ""
         return _fail(_how_to_resume(what, words, resumable), code, debug)
     except BrokenPipeError:
@@ -134,7 +137,7 @@ def _dispatch(words: list[str]) -> None:
 def _overview() -> str:
     from tempo_fast.configio import shipped_recipes
 
-    rows = [f"  {name:<13} {text}" for name, text in {**_CONFIG_VERBS, **_PLAIN_VERBS}.items()]
+    rows = [f"  {name:<16} {text}" for name, text in {**_CONFIG_VERBS, **_PLAIN_VERBS}.items()]
     return "\n".join(
         [
             "tempo-fast: preference training that teaches video LLMs when things happen",
@@ -270,6 +273,40 @@ def _plan(words: list[str]) -> None:
     plan_command(*parser.parse_known_args(words))
 
 
+def _store_parser(verb: str) -> _Parser:
+    parser = _Parser(f"tempo-fast {verb}", description=_PLAIN_VERBS[verb], allow_abbrev=False)
+    parser.add_argument("store", type=Path, help="reference.store, <output_dir>/reference, or one reference's folder")
+    return parser
+
+
+def _reference_ls(words: list[str]) -> None:
+    args = _store_parser("reference ls").parse_args(words)
+    from tempo_fast.reference.command import ls_command
+
+    ls_command(args.store)
+
+
+def _reference_verify(words: list[str]) -> None:
+    args = _store_parser("reference verify").parse_args(words)
+    from tempo_fast.reference.command import verify_command
+
+    verify_command(args.store)
+
+
+def _reference_gc(words: list[str]) -> None:
+    parser = _store_parser("reference gc")
+    parser.add_argument("--keep", type=float, metavar="DAYS", help="drop what was not used for so many days")
+    parser.add_argument("--max-gib", type=float, metavar="N", help="drop the least recently used beyond so many GiB")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    args = parser.parse_args(words)
+    for option, value in (("--keep", args.keep), ("--max-gib", args.max_gib)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"tempo-fast reference gc: {option} must be a number of at least 0, got {value:g}")
+    from tempo_fast.reference.command import gc_command
+
+    gc_command(args.store, keep_days=args.keep, max_gib=args.max_gib, dry_run=args.dry_run)
+
+
 def _scan(words: list[str]) -> None:
     parser = _Parser("tempo-fast scan", description=_PLAIN_VERBS["scan"], allow_abbrev=False)
     parser.add_argument("videos", help="folder, glob, text file with one path a line, or JSON lines that name videos")
@@ -342,6 +379,9 @@ _PLAIN: dict[str, Callable[[list[str]], None]] = {
     "merge": _merge,
     "pairs convert": _convert,
     "plan": _plan,
+    "reference ls": _reference_ls,
+    "reference verify": _reference_verify,
+    "reference gc": _reference_gc,
     "scan": _scan,
     "tinyworld": _tinyworld,
     "doctor": _doctor,

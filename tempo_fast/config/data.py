@@ -104,7 +104,7 @@ class FeaturesConfig:
 @dataclass
 class CurateConfig:
     detector: Literal["pyscenedetect", "transnetv2"] = "pyscenedetect"
-    """Shot boundaries: PySceneDetect's content detector (light), or TransNetV2 (extra ``curate``)."""
+    """Shot boundaries: PySceneDetect's content detector (light), or TransNetV2 (extra ``transnet``)."""
     threshold: float = 27.0
     """PySceneDetect's content threshold (its default 27); for transnetv2 the many-hot probability (authors: .5)."""
     min_shot_frames: int = 8
@@ -112,7 +112,7 @@ class CurateConfig:
     min_shot_s: float = 0.2
     """Shorter shots are dropped, in seconds."""
     min_contrast: float = 10.0
-    """Shots whose grey level varies less (max - min of their middle frame) are dropped."""
+    """Shots whose grey levels vary less (max - min over all their frames) are dropped."""
     min_shots: int = 4
     """Fewest shots of a usable video."""
     max_shots: int = 32
@@ -132,7 +132,7 @@ class CurateConfig:
     workers: int = 0
     """Processes; 0 takes one per core where there are enough videos to be worth it."""
     timeout_s: float = 300.0
-    """Seconds that one video may take; then it is quarantined."""
+    """Seconds that one video may take; then it is quarantined, and tried again when there is more time."""
 
 
 @dataclass

@@ -37,31 +37,33 @@ class Shard:
 ALL = Shard()
 """Everything: one process."""
 
-# (index, count, offset of the index) as launchers name them; the first whose variables are set decides
-_SOURCES = (
-    ("RANK", "WORLD_SIZE", ""),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("SLURM_PROCID", "SLURM_NTASKS", ""),
-)
-
-
 def this_shard(environ: Mapping[str, str] | None = None) -> Shard:
-    """This process's part: of ``torchrun``'s ranks, else of a SLURM array, else of a SLURM step, else all of it.
+    """This process's part: of ``torchrun``'s ranks, else of a SLURM array and the tasks that ``srun`` starts, else all.
 
-    A SLURM array counts from its smallest number in steps of one (``--array=0-15``, ``--array=1-16``).
+    A SLURM array counts from its smallest number in steps of one (``--array=0-15``, ``--array=1-16``); each of its jobs
+    may run several tasks (``srun``). A batch script without ``srun`` is one process, whatever ``--ntasks`` says.
 
     Raises:
         InputError: variables that contradict one another (an array with gaps).
     """
     env = os.environ if environ is None else environ
-    for index_name, count_name, first_name in _SOURCES:
-        if env.get(index_name, "") and env.get(count_name, ""):
-            try:
-                first = int(env.get(first_name, "0") or 0) if first_name else 0
-                return _checked(int(env[index_name]) - first, int(env[count_name]))
-            except ValueError as e:
-                raise InputError(f"{index_name}={env[index_name]}, {count_name}={env[count_name]}: {e}") from e
-    return ALL
+    if ranks := _part(env, "RANK", "WORLD_SIZE"):
+        return ranks
+    array = _part(env, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN") or ALL
+    tasks = ALL
+    if env.get("SLURM_STEP_ID"):  # set by srun; the script itself sees number 0 of all tasks
+        tasks = _part(env, "SLURM_PROCID", "SLURM_NTASKS") or ALL
+    return Shard(array.index * tasks.count + tasks.index, array.count * tasks.count)
+
+
+def _part(env: Mapping[str, str], index: str, count: str, first: str = "") -> Shard | None:
+    """The part that three variables name, None where one of the first two is not set: half a launcher is none."""
+    if not (env.get(index) and env.get(count)):
+        return None
+    try:
+        return _checked(int(env[index]) - int(env.get(first) or 0), int(env[count]))
+    except ValueError as e:
+        raise InputError(f"{index}={env[index]}, {count}={env[count]}: {e}") from e
 
 
 def parse_shard(text: str) -> Shard:

@@ -12,7 +12,8 @@ from tempo_fast.runtime.shards import Shard, parse_shard, this_shard
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4"}
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "1"}
-STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,9 @@ STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
         (TORCHRUN, Shard(2, 4)),
         (ARRAY, Shard(2, 8)),
         (STEP, Shard(1, 2)),
-        ({**ARRAY, **STEP}, Shard(2, 8)),  # every task of an array is a step of its own
+        (SCRIPT, Shard(0, 1)),  # sbatch without srun
+        ({**ARRAY, **SCRIPT}, Shard(2, 8)),
+        ({**ARRAY, **STEP}, Shard(5, 16)),
         ({**ARRAY, **STEP, **TORCHRUN}, Shard(2, 4)),
         ({"RANK": "1"}, Shard(0, 1)),  # half a launcher is none
     ],

@@ -1,12 +1,14 @@
-"""The order of stages: preference stages r = 16, 8, 4, 2, then SFT, and SFT alone as the control.
+"""The walk through a run's stages: preference stages, SFT after, before or between them, and SFT alone as the control.
 
 ``reference: base``: one reference, one LoRA that continues unmerged, so that the reference is the model, adapters off.
 ``reference: previous_stage`` (the official TEMPLE scripts): at each boundary merge, start a new LoRA, refill the store.
-Optimizer and schedule start anew with every stage in both.
+A stage may choose for itself. Optimizer and schedule start anew with every stage in both. SFT before the stages is
+merged into the model that they start from: that model, not the one on disk, is then their ``base``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +16,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tempo_fast.config import LoraConfig, ObjectiveConfig, RunConfig
+from tempo_fast.config import LoraConfig, ObjectiveConfig, RunConfig, StageConfig
+from tempo_fast.config.curriculum import objective_of
 from tempo_fast.errors import InputError
-from tempo_fast.files import digest, read_json, write_json
+from tempo_fast.files import read_json, write_json
 from tempo_fast.models.liger import apply_liger
 from tempo_fast.models.load import Bundle, checkpoint_digest, load_bundle, resolve_path
-from tempo_fast.reference.fill import fill, start_check
-from tempo_fast.reference.store import ReferenceStore, compatible_fields, reference_fields
+from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.schema import PreferenceRecord, SFTRecord
 from tempo_fast.training.adapters import adapter_digest, attach_lora, load_lora, merge_lora
+from tempo_fast.training.adaptive import Looks, budget_of
 from tempo_fast.training.data import Item, Items, check_lengths, preference_items, sft_items
 from tempo_fast.training.loop import Context, Stage, finished, run_stage
-from tempo_fast.trees.layout import ResponseTree
-from tempo_kernels.objectives import make_objective
+from tempo_fast.training.references import NO_READS, References, needs_reference
+from tempo_fast.training.sft import Interleaved
+from tempo_fast.training.stages import Chosen, choose, stage_name
 
 log = logging.getLogger("tempo_fast")
 
@@ -37,22 +41,10 @@ class Outcome:
 
     stages: list[dict[str, Any]] = field(default_factory=list)
     sft: dict[str, Any] | None = None
+    """The SFT stage: ``sft`` after the preference stages, ``sft_first`` before them; none between them."""
     control: dict[str, Any] | None = None
     merged: str = ""
     quarantined: list[dict[str, str]] = field(default_factory=list)
-
-
-def stage_name(index: int, r: int) -> str:
-    """``stage1_r16`` for index 0."""
-    return f"stage{index + 1}_r{r}"
-
-
-def needs_reference(objective: ObjectiveConfig) -> bool:
-    """Whether an objective compares with a reference at all. Raises InputError for an unknown name or option."""
-    try:
-        return make_objective(objective.name, **objective.options).needs_reference
-    except ValueError as e:
-        raise InputError(f"train.objective: {e}") from e
 
 
 class Curriculum:
@@ -71,7 +63,8 @@ class Curriculum:
         self.sft_records = sft_records
         self.base = str(resolve_path(config.model.path))
         self.outcome = Outcome()
-        self._items: dict[int, list[Item]] = {}
+        self.references = References(config, ctx)
+        self._items: dict[tuple[Any, ...], list[Item]] = {}
         self._digests: dict[str, str] = {}
 
     # -- pieces ------------------------------------------------------------------------------------------------
@@ -93,25 +86,51 @@ class Curriculum:
             self._digests[path] = checkpoint_digest(path)
         return self._digests[path]
 
-    def items(self, bundle: Bundle, r: int) -> list[Item]:
-        """Trees of one difficulty; text and plans only, read once."""
-        if r not in self._items:
-            marked = self.config.train.objective.name in ("rrpo", "dpa")  # ddpo weighs what is not marked, too
-            found = preference_items(bundle, self.ctx.reader, self.load_records(r), spans_needed=marked)
-            self._items[r] = self._usable(found, "pairs")
-        return self._items[r]
+    @property
+    def sft_when(self) -> str:
+        """``train.sft.when``, or "" where there is no SFT."""
+        sft = self.config.train.sft
+        return sft.when if self.sft_records and sft.epochs > 0 else ""
+
+    def objective(self, index: int) -> ObjectiveConfig:
+        """Of a stage."""
+        return objective_of(self.config.train.stages[index], self.config.train.objective)
+
+    def continues(self, settings: StageConfig) -> bool:
+        """Whether a stage goes on with the adapter and the reference of the one before."""
+        return (settings.reference or self.config.reference.mode) == "base"
+
+    def chosen(self, index: int) -> Chosen:
+        """What a stage trains on and is judged by; text and plans only, read once."""
+        train = self.config.train
+        marked = self.objective(index).name in ("rrpo", "dpa")  # ddpo weighs what is not marked, too
+        pool = lambda r, kinds: self.items(r, kinds, marked)  # noqa: E731
+        return choose(train.stages, index, pool, train.adaptive, self.config.seed)
+
+    def items(self, r: int, kinds: tuple[str, ...] = (), marked: bool = False) -> list[Item]:
+        """Records of one difficulty with their pairs of ``kinds`` (all where empty); ``marked``: pairs with a key
+        phrase alone."""
+        key = (r, kinds, marked)
+        if key not in self._items:
+            records = self.load_records(r)
+            if kinds:
+                records = _of_kinds(records, r, kinds)
+            found = preference_items(self.planner, self.ctx.reader, records, spans_needed=marked, ranks=self.ctx.ranks)
+            self._items[key] = self._usable(found, "pairs")
+        return self._items[key]
 
     def sft_trees(self) -> list[Item]:
         """Trees of the SFT records, read once."""
-        if 0 not in self._items:
-            self._items[0] = self._usable(sft_items(self.planner, self.ctx.reader, self.sft_records or []), "sft")
-        return self._items[0]
+        if ("sft",) not in self._items:
+            found = sft_items(self.planner, self.ctx.reader, self.sft_records or [], ranks=self.ctx.ranks)
+            self._items["sft",] = self._usable(found, "sft")
+        return self._items["sft",]
 
     def _usable(self, found: Items, what: str) -> list[Item]:
         """The items whose videos decode; the others are quarantined by name. Raises InputError when none is left."""
-        bad = self.ctx.checked.failures([p for i in found.items for p in i.tree.plans], self.ctx.stopper.check)
+        bad = self.ctx.checked.failures([p for i in found.items for p in i.plans], self.ctx.stopper.check)
         self._note([*found.quarantined, *bad.values()])
-        items = [i for i in found.items if not any(p.key in bad for p in i.tree.plans)]
+        items = [i for i in found.items if not any(p.key in bad for p in i.plans)]
         if not items:
             raise InputError(f"{what}: no usable record (first: {next(iter(bad.values()))['reason']})")
         check_lengths(items, self.config.train.max_tokens)
@@ -121,105 +140,62 @@ class Curriculum:
         self.outcome.quarantined += [row for row in rows if row not in self.outcome.quarantined]
         self.ctx.skipped = len(self.outcome.quarantined)
 
-    def open_store(self, bundle: Bundle) -> ReferenceStore:
-        """The statistics of this bundle's base, below ``reference.store`` or ``<output_dir>/reference``."""
-        root = Path(self.config.reference.store or Path(self.config.output_dir) / "reference")
-        objective = self.config.train.objective
-        kl = self.config.reference.kl == "always" or make_objective(objective.name, **objective.options).needs_kl
-        fields = {**reference_fields(bundle), **self.ctx.features.identity()}
-        compatible = compatible_fields(bundle, self.config.train.attention)
-        store = ReferenceStore(root / digest(fields)[:16], fields, compatible=compatible)
-        store.kl = kl
-        return store
-
-    def fill(self, bundle: Bundle, index: int) -> dict[str, Any]:
-        """Compute what the store lacks for a stage; the first time's counts are kept beside the store's manifest."""
-        r = self.config.train.stages[index].r
-        items = self.items(bundle, r)
-        store = self.open_store(bundle)
-        trees = [i.tree for i in items]
-        counts = self._counts(stage_name(index, r), store, trees)
-        fill(
-            bundle,
-            store,
-            trees,
-            self.ctx.reader,
-            self.ctx.features,
-            kl=store.kl,
-            max_tokens=self.config.train.max_tokens,
-            attention=self.config.train.attention,
-            loader=self.ctx.loader,
-            check=self.ctx.stopper.check,
-        )
-        return counts
-
-    def _counts(self, name: str, store: ReferenceStore, trees: list[ResponseTree]) -> dict[str, int]:
-        """What the run found and had to compute for a stage, as its first start saw it: later starts find all of it."""
-        chosen = {store.key(t, 0) for t in trees}
-        every = {store.key(t, b) for t in trees for b in range(len(t.branches))}
-        path = Path(self.config.output_dir) / "reference" / "fills.json"
-        known = read_json(path) if path.is_file() else {}
-        answers = digest(sorted(every))
-        if known.get(name, {}).get("answers") != answers:
-            missing = set(store.missing(sorted(every)))
-            known[name] = {
-                "answers": answers,
-                "hits": len(every - missing),
-                "misses": len(missing),
-                "chosen_hits": len(chosen - missing),
-                "chosen_misses": len(chosen & missing),
-            }
-            self.ctx.ranks.barrier()  # all have looked before the first one fills
-            if self.ctx.ranks.is_main:
-                write_json(path, known)
-        return {k: v for k, v in known[name].items() if k != "answers"}
-
     # -- the walk ------------------------------------------------------------------------------------------------
 
     def fill_reference(self) -> list[dict[str, Any]]:
         """The ``reference`` step: everything that can be computed before training."""
-        train = self.config.train
-        if not needs_reference(train.objective):
+        stages = self.config.train.stages
+        if self.sft_when == "before" and any(needs_reference(self.objective(i)) for i in range(len(stages))):
+            log.info("reference: SFT comes first, and the model it makes is the reference; filled when it is there")
             return []
-        bundle = self.load(self.base)
-        last = len(train.stages) if self.config.reference.mode == "base" else min(1, len(train.stages))
+        bundle: Bundle | None = None
         rows = []
-        for index in range(last):
+        for index, settings in enumerate(stages):
+            if index and not self.continues(settings):
+                break
             self.ctx.stopper.check()
-            rows.append({"stage": stage_name(index, train.stages[index].r), **self.fill(bundle, index)})
+            objective = self.objective(index)
+            if needs_reference(objective):
+                bundle = bundle or self.load(self.base)
+                name = stage_name(index, settings.r)
+                store = self.references.open(bundle, objective)
+                counts = self.references.fill(bundle, store, name, self.chosen(index).referred)
+                rows.append({"stage": name, **counts})
         return rows
 
     def run(self) -> Outcome:
         """All stages, SFT and the control; finished ones are skipped."""
-        adapter, base = self._preference_stages()
-        sft = self.config.train.sft
-        with_sft = bool(self.sft_records) and sft.epochs > 0
-        final_base = base
-        if adapter:
-            final_base = self._merge(base, adapter, self.ctx.out / ("dpo_merged" if with_sft else "merged"))
-        self.outcome.merged = final_base
-        if with_sft:
-            self.outcome.sft = self._sft("sft", final_base)
-            self.outcome.merged = self._merge(final_base, self.outcome.sft["adapter"], self.ctx.out / "merged")
-            if sft.control:
-                self.outcome.control = self._sft("control", self.base)
-        return self.outcome
+        out, sft, base, outcome = self.ctx.out, self.config.train.sft, self.base, self.outcome
+        if self.sft_when == "before":
+            outcome.sft = self._sft("sft_first", base)
+            base = self._merge(base, outcome.sft, out / "sft_merged")
+        last, base = self._preference_stages(base)
+        if last:
+            base = self._merge(base, last, out / ("dpo_merged" if self.sft_when == "after" else "merged"))
+        if self.sft_when == "after":
+            outcome.sft = self._sft("sft", base)
+            base = self._merge(base, outcome.sft, out / "merged")
+        outcome.merged = base
+        if sft.control and self.sft_when == "after":
+            outcome.control = self._sft("control", self.base)
+        elif sft.control and self.sft_when == "interleaved" and (steps := self._sft_steps()):
+            outcome.control = self._sft("control", self.base, max_steps=steps)
+        return outcome
 
-    def _preference_stages(self) -> tuple[str, str]:
-        """Returns (adapter of the last stage or "", the base under it)."""
-        train, continuing = self.config.train, self.config.reference.mode == "base"
-        with_reference = needs_reference(train.objective)
-        base, adapter = self.base, ""
-        planner = self.planner
+    def _preference_stages(self, base: str) -> tuple[dict[str, Any] | None, str]:
+        """Returns (result of the last stage, the base under its adapter)."""
+        train, stages = self.config.train, self.config.train.stages
+        last: dict[str, Any] | None = None
         bundle: Bundle | None = None
-        for index, settings in enumerate(train.stages):
-            if adapter and not continuing:
-                base = self._merge(base, adapter, Path(adapter).parent / "merged")
-                adapter, bundle = "", None
+        for index, settings in enumerate(stages):
+            if last and not self.continues(settings):
+                base = self._merge(base, last, Path(last["adapter"]).parent / "merged")
+                last, bundle = None, None
+            adapter = last["adapter"] if last else ""
             stage = Stage(
                 name=stage_name(index, settings.r),
                 r=settings.r,
-                objective=train.objective,
+                objective=self.objective(index),
                 learning_rate=settings.learning_rate or train.learning_rate,
                 epochs=settings.epochs,
                 batch_size=train.batch_size,
@@ -229,31 +205,76 @@ class Curriculum:
                 dtype=self.config.model.dtype,
                 start_adapter=adapter,
                 start_digest=adapter_digest(adapter) if adapter else "",
+                max_steps=self._most_steps(index),
             )
-            items = self.items(planner, settings.r)
-            result = finished(stage, self.ctx, items)
+            chosen = self.chosen(index)
+            looks, between = self._looks(stage, chosen), self._between()
+            result = finished(stage, self.ctx, chosen.trained, looks, between)
             if result is None:
                 bundle = self._with_adapter(stage, bundle)
-                reference = {"hits": 0, "misses": 0, "chosen_hits": 0, "chosen_misses": 0}
-                store = None
-                if with_reference:
-                    reference = self.fill(bundle, index)
-                    store = self.open_store(bundle)
-                    self._check_start(bundle, store, items, stage.name)
-                result = run_stage(stage, self.ctx, bundle, items, store)
-                result["reference"] = {
-                    **reference,
-                    "read_hits": store.hits if store else 0,
-                    "read_misses": store.misses if store else 0,
-                }
-                if self.ctx.ranks.rank == 0:
-                    write_json(self.ctx.out / stage.name / "stage.json", result)
+                result = self._train(stage, bundle, chosen, looks, between)
             else:
                 log.info("%s: done before, skipped", stage.name)
                 bundle = None
+                if "data" not in result:  # the process ended between the end of the training and this
+                    self._complete(result, chosen, self.references.counts(stage.name), None)
             self.outcome.stages.append(result)
-            adapter = result["adapter"]
-        return adapter, base
+            last = result
+            self._forget(index + 1)
+        return last, base
+
+    def _train(
+        self, stage: Stage, bundle: Bundle, chosen: Chosen, looks: Looks | None, between: Interleaved | None
+    ) -> dict[str, Any]:
+        """Fill what is missing of the reference, check it, train; the result as ``stage.json`` holds it."""
+        counts, store = NO_READS, None
+        if needs_reference(stage.objective):
+            store = self.references.open(bundle, stage.objective)
+            counts = self.references.fill(bundle, store, stage.name, chosen.referred)
+            self.references.check(bundle, store, stage.name, chosen.trained)
+        result = run_stage(stage, self.ctx, bundle, chosen.trained, store, looks=looks, between=between)
+        self._complete(result, chosen, counts, store)
+        return result
+
+    def _complete(
+        self, result: dict[str, Any], chosen: Chosen, counts: dict[str, int], store: ReferenceStore | None
+    ) -> None:
+        """What ``stage.json`` says beside the training: the reference's use, and what the stage trained on."""
+        reads = {"read_hits": store.hits if store else 0, "read_misses": store.misses if store else 0}
+        result["reference"] = {**counts, **reads}
+        result["data"] = chosen.audit()
+        self._keep(result)
+
+    def _most_steps(self, index: int) -> int:
+        """Most preference steps of a stage, by itself and by the budget of all; 0 is no limit."""
+        stages, adaptive = self.config.train.stages, self.config.train.adaptive
+        spent = sum(s["steps"] - s.get("sft_steps", 0) for s in self.outcome.stages)
+        limits = [stages[index].max_steps, budget_of(adaptive, len(stages) - index, spent)]
+        return min((n for n in limits if n), default=0)
+
+    def _looks(self, stage: Stage, chosen: Chosen) -> Looks | None:
+        adaptive = self.config.train.adaptive
+        if not adaptive.every:
+            return None
+        path = self.ctx.out / "decisions.jsonl" if self.ctx.ranks.is_main else None
+        return Looks(stage.name, adaptive, chosen.held_out, self.config.seed, path)
+
+    def _between(self) -> Interleaved | None:
+        """The SFT batches that the stages before have left."""
+        if self.sft_when != "interleaved":
+            return None
+        return Interleaved.of(self.config.train.sft, self.sft_trees(), self.config.seed, self._sft_steps())
+
+    def _sft_steps(self) -> int:
+        return sum(s.get("sft_steps", 0) for s in self.outcome.stages)
+
+    def _forget(self, index: int) -> None:
+        """Let go of the records that no stage from ``index`` on reads, its own or replayed."""
+        stages = self.config.train.stages
+        replaying = any(s.replay for s in stages[index:])
+        wanted = {r for s in (stages if replaying else stages[index:]) for r in s.rs}
+        for key in [k for k in self._items if len(k) > 1 and k[0] not in wanted]:
+            del self._items[key]
 
     def _with_adapter(self, stage: Stage, bundle: Bundle | None) -> Bundle:
         """The model a stage trains: in ``base`` mode the adapter of the stage before goes on."""
@@ -266,31 +287,28 @@ class Curriculum:
             attach_lora(bundle, stage.lora, seed=self.ctx.seed, vision=stage.vision_lora)
         return bundle
 
-    def _check_start(self, bundle: Bundle, store: ReferenceStore, items: list[Item], name: str) -> None:
-        some = [i.tree for i in items[:2]]
-        train = self.config.train
-        difference = start_check(
-            bundle,
-            store,
-            some,
-            self.ctx.reader,
-            self.ctx.features,
-            max_tokens=train.max_tokens,
-            attention=train.attention,
-        )
-        log.info("%s: adapters off differ from the stored reference by at most %.2e nats", name, difference)
-
-    def _merge(self, base: str, adapter: str, out: Path) -> str:
+    def _merge(self, base: str, result: dict[str, Any], out: Path) -> str:
+        """Fold a stage's adapter into its base; what rounding did to it stands in ``merge.json`` and in ``result``."""
+        adapter = result["adapter"]
         marker = {"base": self.digest_of(base), "adapter": adapter_digest(adapter)}
         note = out / "merge.json"
         done = note.is_file() and {k: read_json(note).get(k) for k in marker} == marker
         if not done and self.ctx.ranks.is_main:
-            error = merge_lora(base, Path(adapter), out, device="cpu", note=marker)
-            log.info("merged %s: rounding error at most %.2e", out, error)
+            merge_lora(base, Path(adapter), out, device="cpu", note=marker)
         self.ctx.ranks.barrier()
+        result["merge"] = {k: v for k, v in read_json(note).items() if k not in marker}
+        if not done:
+            log.info("merged %s: rounding error at most %.2e", out, result["merge"]["max_rounding_error"])
+        self._keep(result)
         return str(out)
 
-    def _sft(self, name: str, base: str) -> dict[str, Any]:
+    def _keep(self, result: dict[str, Any]) -> None:
+        """Write ``stage.json`` again where the result has grown."""
+        path = self.ctx.out / result["name"] / "stage.json"
+        if self.ctx.ranks.is_main and read_json(path) != result:
+            write_json(path, result)
+
+    def _sft(self, name: str, base: str, *, max_steps: int = 0) -> dict[str, Any]:
         sft, lora = self.config.train.sft, self.config.train.lora
         stage = Stage(
             name=name,
@@ -304,10 +322,25 @@ class Curriculum:
             base_digest=self.digest_of(base),
             dtype=self.config.model.dtype,
             vision_lora=sft.vision_lora,
-            max_steps=sft.max_steps,
+            max_steps=max_steps or sft.max_steps,
         )
         items = self.sft_trees()
         result = finished(stage, self.ctx, items)
         if result is None:
             result = run_stage(stage, self.ctx, self._with_adapter(stage, None), items, None)
         return result
+
+
+def _of_kinds(records: Sequence[PreferenceRecord], r: int, kinds: Sequence[str]) -> list[PreferenceRecord]:
+    """The records with their pairs of these kinds, without those that have none. Raises InputError when none has."""
+    out = []
+    for record in records:
+        kept = [x for x in record.rejected if x.kind in kinds]
+        if kept:
+            out.append(dataclasses.replace(record, rejected=kept))
+    if not out:
+        there = sorted({x.kind for record in records for x in record.rejected})
+        raise InputError(
+            f"train.stages: no pair of r = {r} is of kind {' or '.join(kinds)}; there are {', '.join(there)}"
+        )
+    return out

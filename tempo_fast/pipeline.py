@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tempo_fast.config import RunConfig
+from tempo_fast.config.curriculum import needed_r
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, file_digest, read_json, to_plain, write_json
 from tempo_fast.jobs import check_questions, made_by, pair_items, pair_source, pairs_job
@@ -128,8 +129,8 @@ def _load_pairs(run: Run, r: int) -> list[PreferenceRecord]:
 
 
 def _pair_digests(run: Run) -> list[str]:
-    stages = run.config.train.stages
-    return [file_digest(made_by(run.out / "pairs" / f"r{s.r}.jsonl", "pairs")) for s in stages]
+    needed = needed_r(run.config.train.stages)
+    return [file_digest(made_by(run.out / "pairs" / f"r{r}.jsonl", "pairs")) for r in needed]
 
 
 @contextmanager
@@ -167,8 +168,9 @@ def _curriculum(run: Run) -> Iterator[Any]:
 def reference(run: Run) -> dict[str, Any]:
     """Fill the reference store with what can be known before training."""
     config = run.config
-    inputs = [config.reference, config.train.objective, config.train.stages, config.video, config.model,
-              config.train.max_tokens, run.model_digest, _pair_digests(run)]  # fmt: skip
+    t = config.train
+    inputs = [config.reference, t.objective, t.stages, t.adaptive, t.sft.when, config.video, config.model,
+              t.max_tokens, run.model_digest, _pair_digests(run)]  # fmt: skip
 
     def work() -> dict[str, Any]:
         with _curriculum(run) as curriculum:
@@ -227,8 +229,9 @@ def evaluate(run: Run) -> dict[str, Any]:
 def _models(run: Run, trained: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(row name, base directory, adapter directory or "") of every model that is evaluated."""
     stages = trained["stages"][-1:] if run.config.eval.stages == "ends" else trained["stages"]
-    last = [s for s in (trained["sft"], trained["control"]) if s]
-    return [("base", run.config.model.path, ""), *((s["name"], s["base"], s["adapter"]) for s in [*stages, *last])]
+    sft, control = ([row] if row else [] for row in (trained["sft"], trained["control"]))
+    ordered = [*sft, *stages] if run.config.train.sft.when == "before" else [*stages, *sft, *control]
+    return [("base", run.config.model.path, ""), *((s["name"], s["base"], s["adapter"]) for s in ordered)]
 
 
 def _sft_data(run: Run) -> list[SFTRecord] | None:

@@ -110,6 +110,11 @@ def objective_of(stage: StageConfig, common: ObjectiveConfig) -> ObjectiveConfig
     return dataclasses.replace(common, name=name, options={**options, **stage.objective.options})
 
 
+def needed_r(stages: Sequence[StageConfig]) -> list[int]:
+    """The difficulties whose pairs the stages read, each once, in the order of their first use."""
+    return list(dict.fromkeys(r for stage in stages for r in stage.rs))
+
+
 def easier_before(stages: Sequence[StageConfig], index: int) -> list[tuple[int, tuple[str, ...]]]:
     """(r, kinds) of earlier stages that are easier than all of a stage's: what it replays, each once, easiest first."""
     hardest = max(stages[index].rs)

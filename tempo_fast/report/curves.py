@@ -7,6 +7,7 @@ from typing import Any
 
 from tempo_fast.perturb import EDITS, KINDS
 from tempo_fast.report.load import RunFiles
+from tempo_fast.report.results import difficulties
 from tempo_fast.report.svg import Series, line_chart
 
 Keys = list[tuple[str, str, str]]  # metric, label, colour class
@@ -51,13 +52,17 @@ def _chart(
             piece = [(float(at + i + 1), float(row[key])) for i, row in enumerate(rows) if _number(row.get(key))]
             if piece:
                 line.runs.append(piece)
-        bands.append((f"r={stage.rpartition('_r')[2]}", float(at + 1), float(at + len(rows))))
+        bands.append((f"r={difficulties(stage)}", float(at + 1), float(at + len(rows))))
         at += len(rows)
     return figure(title, [s for s in series.values() if s.runs], bands, bounds, rule)
 
 
 def _sft(run: RunFiles) -> str:
-    names = {"sft": ("after the stages", "c1"), "control": ("alone (control)", "c2")}
+    names = {
+        "sft": ("after the stages", "c1"),
+        "sft_first": ("before the stages", "c1"),
+        "control": ("alone (control)", "c2"),
+    }
     series = []
     for stage, (name, css) in names.items():
         points = [

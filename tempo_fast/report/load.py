@@ -13,6 +13,8 @@ from tempo_fast.schema import Clips, PreferenceRecord, read_records
 
 T = TypeVar("T")
 
+_OTHERS = ("sft", "sft_first", "control")
+
 
 @dataclass
 class RunFiles:
@@ -31,7 +33,7 @@ class RunFiles:
     @property
     def stages(self) -> list[str]:
         """Names of the preference stages that have metrics."""
-        return [name for name in self.metrics if name not in ("sft", "control")]
+        return [name for name in self.metrics if name not in _OTHERS]
 
     @property
     def quarantined(self) -> list[dict[str, str]]:
@@ -67,7 +69,7 @@ def _maybe(read: Callable[[], T], otherwise: T) -> T:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """stage1_r16 < stage2_r8 < ... < stage10_r2 < sft < control."""
-    last = {"sft": 10**6, "control": 10**6 + 1}
+    """sft_first < stage1_r16 < stage2_r8 < ... < stage10_r2 < sft < control."""
+    last = {"sft_first": -1, "sft": 10**6, "control": 10**6 + 1}
     number = name.removeprefix("stage").split("_")[0]
     return (int(number) if number.isdigit() else last.get(name, 10**6 + 2), name)

@@ -12,7 +12,7 @@ from tempo_fast.config import RunConfig
 from tempo_fast.perturb import EDITS, KINDS
 from tempo_fast.report.curves import curve_section
 from tempo_fast.report.load import RunFiles
-from tempo_fast.report.results import evaluation_section, label
+from tempo_fast.report.results import difficulties, evaluation_section, label
 from tempo_fast.report.strips import Sheet, choose_records, record_card
 from tempo_fast.report.text import duration, interval, number
 
@@ -70,7 +70,7 @@ def _story(run: RunFiles, config: RunConfig) -> str:
     stages = run.summary.get("stages") or []
     if stages:
         steps = sum(s.get("steps") or 0 for s in stages)
-        path = ", ".join(str(s.get("r")) for s in stages)
+        path = ", ".join(difficulties(s["name"]) for s in stages)
         name = config.train.objective.name.upper()
         text = f"{name} ran over {len(stages)} stages (r = {path}; large is easy) in {steps} steps"
         cached = [s["reference"] for s in stages if "hits" in (s.get("reference") or {})]
@@ -108,7 +108,8 @@ def _known(stat: Any) -> bool:
 def _cards(run: RunFiles) -> str:
     cards: list[tuple[str, str, str]] = []
     rows = {row["name"]: row for row in run.evals}
-    base, final = rows.get("base"), rows.get("sft") or (run.evals[-1] if len(run.evals) > 1 else None)
+    staged = [row for row in run.evals if row["name"].startswith("stage")]
+    base, final = rows.get("base"), rows.get("sft") or next(reversed(staged or run.evals[1:]), None)
 
     def change(title: str, pick: Any) -> None:
         if base and final and _known(pick(base)) and _known(pick(final)):
@@ -122,7 +123,7 @@ def _cards(run: RunFiles) -> str:
     stages = run.summary.get("stages") or []
     if stages:
         last = stages[-1]
-        aside = f"last stage, r={last.get('r')}; margin {number(last.get('margin'), 2)}"
+        aside = f"last stage, r={difficulties(last['name'])}; margin {number(last.get('margin'), 2)}"
         cards.append(("reward accuracy", number(last.get("accuracy"), 2), aside))
     total = (run.summary.get("timings_s") or {}).get("total")
     if total is not None:

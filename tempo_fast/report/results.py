@@ -9,18 +9,23 @@ from typing import Any
 from tempo_fast.report.load import RunFiles
 from tempo_fast.report.svg import Mark, interval_chart
 
-_NAMES = {"base": "base", "sft": "stages + SFT", "control": "SFT alone"}
+_NAMES = {"base": "base", "sft": "stages + SFT", "sft_first": "SFT, before the stages", "control": "SFT alone"}
 
 Pick = Callable[[dict[str, Any]], Any]
 
 
 def label(name: str) -> str:
-    """A row's name for people: ``stage2_r8`` is ``after r=8``."""
-    return _NAMES.get(name) or (f"after r={name.rpartition('_r')[2]}" if name.startswith("stage") else name)
+    """A row's name for people: ``stage2_r8`` is ``after r=8``, ``stage2_r8_4`` ``after r=8+4``."""
+    return _NAMES.get(name) or (f"after r={difficulties(name)}" if name.startswith("stage") else name)
+
+
+def difficulties(stage: str) -> str:
+    """``8`` of ``stage2_r8``, ``8+4`` of ``stage2_r8_4``."""
+    return stage.partition("_r")[2].replace("_", "+")
 
 
 def _css(name: str) -> str:
-    return {"base": "c0", "sft": "c3", "control": "c2"}.get(name, "c1")
+    return {"base": "c0", "sft": "c3", "sft_first": "c3", "control": "c2"}.get(name, "c1")
 
 
 def evaluation_section(run: RunFiles) -> str:

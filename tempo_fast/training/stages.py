@@ -27,11 +27,6 @@ def stage_name(index: int, r: int | Sequence[int]) -> str:
     return f"stage{index + 1}_r{r}" if isinstance(r, int) else f"stage{index + 1}_r{'_'.join(map(str, r))}"
 
 
-def needed_r(stages: Sequence[StageConfig]) -> list[int]:
-    """The difficulties whose pairs the stages read, each once, in the order of their first use."""
-    return list(dict.fromkeys(r for stage in stages for r in stage.rs))
-
-
 @dataclass
 class Chosen:
     """The records of a stage. Held-out ones are those that its looks score."""

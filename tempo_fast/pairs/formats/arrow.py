@@ -81,3 +81,4 @@ def write_parquet(f: BinaryIO, rows: Iterable[Row], schema: dict[str, Any]) -> N
             for row in group:
                 row.update({n: dumps(row[n]) for n in texts if not isinstance(row.get(n), (str, type(None)))})
             writer.write_batch(pa.RecordBatch.from_pylist(group, schema=fields))
+            pa.default_memory_pool().release_unused()  # else the allocator's reserve creeps up with the file

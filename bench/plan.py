@@ -61,6 +61,7 @@ class Case:
     ranks: int = 1
     offload: bool = False
     objective: str = "dpo"
+    """``sft`` trains on one answer a record, with adapters on the vision tower."""
     steps: int = 2
 
     @property
@@ -85,6 +86,8 @@ CASES = {
         replace(_30M, name="30m-micros", per_step=4, steps=1, max_tokens=1100, policy="selective"),
         replace(_30M, name="30m-kl", objective="tdpo2", policy="full"),
         replace(_30M, name="30m-long", policy="full", grid=(8, 32, 32)),
+        replace(_30M, name="30m-sft", objective="sft", rejected=0, policy="full"),
+        replace(_30M, name="30m-sft-none", objective="sft", rejected=0),
         replace(_30M, name="30m-zero2", policy="full", zero=2, ranks=2),
         replace(_30M, name="30m-zero3", policy="full", zero=3, ranks=2),
         replace(_150M, name="150m-zero2", zero=2, ranks=2, rank=64),
@@ -103,7 +106,7 @@ def predict(case: Case) -> Row:
     from tempo_fast.plan.setting import buckets, setting_of
 
     config, shape = run_config(case, Path("unused")), shape_of_case(case)
-    setting = setting_of(config, cuda=False, world=case.ranks)
+    setting = setting_of(config, cuda=False, world=case.ranks, sft=case.objective == "sft")
     t, h, w = case.grid
     visual, responses = t * h * w // 4, (1 + case.rejected) * case.answer
     one = visual + case.words + responses
@@ -163,11 +166,11 @@ def run_config(case: Case, out: Path) -> Any:
     )
 
     train = TrainConfig(
-        objective=ObjectiveConfig(case.objective, {}),
+        objective=ObjectiveConfig("dpo" if case.objective == "sft" else case.objective, {}),
         stages=[StageConfig(r=4)],
         lora=LoraConfig(case.rank, 2 * case.rank, case.dropout),
         gradient_checkpointing=case.policy,  # type: ignore[arg-type]
-        batch_size=case.per_step * case.rejected * case.ranks,
+        batch_size=case.per_step * max(1, case.rejected) * case.ranks,
         max_tokens=case.max_tokens,
         engine="torch" if case.zero is None else "deepspeed",
         zero_stage=case.zero or 0,  # type: ignore[arg-type]
@@ -189,7 +192,8 @@ def work(case: Case, out: Path) -> Row:
     import torch
 
     torch.set_num_threads(1)
-    from bench.steps.shapes import make_bundle, make_items
+    from bench.steps.shapes import make_items
+    from tempo_fast.config import ObjectiveConfig
     from tempo_fast.reference.fill import fill
     from tempo_fast.reference.store import ReferenceStore
     from tempo_fast.runtime.ranks import init_ranks
@@ -204,16 +208,19 @@ def work(case: Case, out: Path) -> Row:
     _warm_up()
     resident = _resident("VmRSS")
     _reset_resident()
-    bundle = make_bundle(shape, "cpu", getattr(torch, case.dtype))
+    bundle = _bundle(case)
     before = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in _tensors(bundle)}.values())
     items = make_items(shape, bundle, case.records, case.rejected)
+    sft = case.objective == "sft"
+    for item in items:
+        item.kinds = ["sft"] if sft else item.kinds
     reader: Any = Noise(bundle.dtype)
     features = FeatureCache(int(config.features.memory_gib * 2**30))
     objective = make_objective(case.objective)
     stage = Stage(
-        name="stage1_r4", r=4, objective=config.train.objective, learning_rate=1e-4, epochs=1,
+        name="stage1_r4", r=4, objective=ObjectiveConfig(case.objective, {}), learning_rate=1e-4, epochs=1,
         batch_size=config.train.batch_size, lora=config.train.lora, base="random", base_digest="random",
-        dtype=case.dtype, max_steps=case.steps,
+        dtype=case.dtype, max_steps=case.steps, vision_lora=sft,
     )  # fmt: skip
     peaks: Row = {}
     with Stopper(ranks) as stopper:
@@ -239,6 +246,26 @@ def work(case: Case, out: Path) -> Row:
         "measured_mib": before / 2**20 + peaks["mib"],
         "rss_mib": _resident("VmHWM") - resident,
     }
+
+
+def _bundle(case: Case) -> Any:
+    """A model of random weights with a fresh adapter, as training attaches it."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from bench.steps.shapes import make_config, make_tokenizer
+    from tempo_fast.models import get_family
+    from tempo_fast.models.load import Bundle
+    from tempo_fast.training.adapters import attach_lora
+
+    shape, tokenizer, dtype = bench_shape(case), make_tokenizer(), getattr(torch, case.dtype)
+    config = make_config(shape, tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype).requires_grad_(False)
+    family, cpu = get_family(config.model_type), torch.device("cpu")
+    bundle = Bundle(model, tokenizer, family, config, family.geometry(config), cpu, dtype, f"random {case.name}")
+    attach_lora(bundle, shape.lora, seed=0, vision=case.objective == "sft")
+    return bundle
 
 
 class Noise:
@@ -305,7 +332,7 @@ def measure(case: Case, timeout: float = 900) -> Row:
         command = [sys.executable]
         if case.ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
-        command += [*(["-m"] if case.ranks == 1 else ["-m"]), "bench.plan", "--work", case.name, "--out", folder]
+        command += ["-m", "bench.plan", "--work", json.dumps(asdict(case)), "--out", folder]
         # small blocks too go back to the system, so that the resident size follows what is live
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
         root = str(Path(__file__).parents[1])
@@ -332,7 +359,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=(*CASES, "all"), default=list(DEFAULT))
     parser.add_argument("--device", choices=("cpu",), default="cpu")
     parser.add_argument("--json", help="also write the rows to this file, as they come")
-    parser.add_argument("--work", choices=tuple(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -341,7 +368,7 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     if args.work:
         rank = os.environ.get("RANK", "0")
-        row = work(CASES[args.work], args.out / "run")
+        row = work(Case(**json.loads(args.work)), args.out / "run")
         (args.out / f"rank{rank}.json").write_text(json.dumps(row))
         return 0
     env, rows = environment(args.device), []
@@ -356,5 +383,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _ = asdict
     sys.exit(main(sys.argv[1:]))

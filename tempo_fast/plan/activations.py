@@ -6,7 +6,8 @@ element (2 for bfloat16, 4 for float32), m bytes a dropout keeps of an element (
 A decoder layer keeps, in bytes per token:
 
     norms      2 · 4·D          RMSNorm works in float32: a copy of its input, or the residual itself (s = 4)
-    attention  s·(2·H·d + 2·X·d) + 4·H    query, output; key and value (X = K, or H where heads are repeated); log-sum-exp
+    attention  s·(2·H·d + 2·X·d) + 4·H    query and output, key and value (X = K, or H where heads are repeated), and
+                                the log-sum-exp
     MLP        3 · s·F          gate, its activation, the way up
     adapters   Σ (4 + m)·in + 4·R over the adapted layers: peft casts each layer's input to float32, drops some of it
                out, and keeps it for the gradient of A, and A's output for that of B. Without dropout in a float32 model
@@ -35,8 +36,8 @@ def kept_by_layer(tower: Tower, s: Setting) -> dict[str, float]:
     """Bytes per token that one layer keeps for its backward when nothing is computed again, by term."""
     d, f, heads = tower.width, tower.mlp, tower.heads * tower.head_dim
     keys = tower.key_heads * tower.head_dim
-    norm = s.size * d if s.liger else 4 * d
-    seen = keys if s.grouped_keys else heads
+    norm = 4 * d if tower.rms and not s.liger else s.size * d
+    seen = keys_kept(tower, s)
     kept = {
         "norms": 2.0 * norm + (4 * (heads + keys) if tower.head_norms else 0),
         "attention": s.size * (2 * heads + 2 * seen) + 4 * tower.heads,
@@ -48,6 +49,15 @@ def kept_by_layer(tower: Tower, s: Setting) -> dict[str, float]:
         inputs = sum(x.inputs for x in tower.linears if _leaf(x) not in (*_SHARED, *_OF_ATTENTION))
         kept["weights"] = s.size * (inputs + 2 * d)
     return kept
+
+
+def keys_kept(tower: Tower, s: Setting) -> int:
+    """Elements per token that attention keeps of the keys (and as many of the values)."""
+    heads, keys = tower.heads * tower.head_dim, tower.key_heads * tower.head_dim
+    if not s.cuda:
+        return heads  # torch's kernel for CPUs takes no grouped heads: they are repeated
+    # split: the answers' call takes a mask, and therefore repeated heads
+    return keys + heads if s.attention == "split" and s.trees else keys
 
 
 def kept_by_adapter(linear: Linear, s: Setting) -> float:
@@ -70,12 +80,12 @@ def kept(tower: Tower, s: Setting, *, crossing: float = 0.0) -> float:
     """
     if s.policy == "none":
         return tower.depth * sum(kept_by_layer(tower, s).values())
-    layer = s.size * tower.width
+    layer: float = s.size * tower.width
     if s.policy == "selective":
-        heads = tower.heads * tower.head_dim
+        heads = 0 if s.hides_attention else tower.heads * tower.head_dim
         layer += sum(s.size * x.outputs for x in tower.linears if x.outputs <= x.inputs)
         layer += sum(4 * s.rank for x in tower.linears if x.adapted)
-        layer += (s.size * heads + 4 * tower.heads) * (1 + crossing)
+        layer += (s.size * heads + 4 * tower.heads * bool(heads)) * (1 + crossing)
     return tower.depth * layer
 
 
@@ -90,7 +100,11 @@ def again(tower: Tower, s: Setting) -> float:
     # the first norm's float32 input is the kept one
     shared = s.size * tower.width if s.size == 4 else 0
     if s.policy == "selective":
-        shared += s.size * tower.heads * tower.head_dim + sum(4 * s.rank for x in tower.linears if x.adapted)
+        shared += 0 if s.hides_attention else s.size * tower.heads * tower.head_dim
+        shared += sum(4 * s.rank for x in tower.linears if x.adapted)
+        # what was kept of q, k, v and o goes as it is used
+        narrow = [x for x in tower.linears if x.outputs <= x.inputs]
+        shared += s.size * sum(x.outputs for x in narrow[:-1])
     return whole - shared
 
 

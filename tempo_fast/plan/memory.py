@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tempo_fast.config import FeaturesConfig, LoaderConfig
-from tempo_fast.plan.activations import again, in_backward, kept, kept_by_layer
+from tempo_fast.plan.activations import again, in_backward, kept
 from tempo_fast.plan.setting import Setting
 from tempo_fast.plan.shapes import Shape, Tower
 
@@ -119,9 +119,9 @@ def states(shape: Shape, s: Setting, zero: Mapping[str, Any]) -> tuple[dict[str,
         device["optimizer"] = 8.0 * part + (4.0 * part if weight < 4 else 0.0)
     device["buckets"] = bucket
     if s.offload_optimizer:
-        host["gradients"], host["optimizer"] = device.pop("gradients"), device.pop("optimizer") + (
-            4.0 * part if s.stage == 3 and weight == 4 else 0.0
-        )
+        # offloaded masters are never the weights themselves
+        masters = 4.0 * part if s.stage == 3 and weight == 4 else 0.0
+        host["gradients"], host["optimizer"] = device.pop("gradients"), device.pop("optimizer") + masters
         update = 4.0 * part
     return device, host, update
 
@@ -207,9 +207,10 @@ def turn_parts(shape: Shape, s: Setting, load: Load) -> tuple[dict[str, float], 
         held += 4 * d * t
     # the row of embeddings, its features, positions and rotary tables
     row = t * (s.size * d + 2 * s.size * shape.text.head_dim + 8 * 8)
-    visual = load.visual * s.size * shape.feature_width
+    visual = float(load.visual * s.size * shape.feature_width)
     if s.train_vision:
-        held += (kept(shape.tower, s) + encoding_kept(shape)) * load.patches
+        # the projector keeps its norm's input and that of its activation
+        held += (kept(shape.tower, s) + 2 * s.size * shape.tower.width) * load.patches
         visual = 0.0
     backward = (again(shape.text, s) + in_backward(shape.text, s)) * t
     if s.train_vision and s.policy != "none":
@@ -241,10 +242,6 @@ def encoding(tower: Tower, s: Setting) -> float:
     return s.size * (2 * tower.width + 3 * tower.mlp)
 
 
-def encoding_kept(shape: Shape) -> float:
-    return 0.0
-
-
 def feature_cache(shape: Shape, s: Setting, load: Load, features: FeaturesConfig) -> float:
     """Features in memory: ``features.memory_gib``, or of all videos where they are fewer."""
     limit = features.memory_gib * 2**30
@@ -271,8 +268,8 @@ def _named(parts: Mapping[str, float]) -> dict[str, float]:
     """The parts as a plan shows them."""
     out: dict[str, float] = {}
     names = {
-        "weights partition": "weights", "gathered": "weights", "buckets": "gradients", "features of the row": "features",
-        "loader": "features",
+        "weights partition": "weights", "gathered": "weights", "buckets": "gradients",
+        "features of the row": "features", "loader": "features",
     }  # fmt: skip
     for name, value in parts.items():
         key = names.get(name, name)
@@ -291,6 +288,3 @@ def with_tokens(load: Load, factor: float) -> Load:
         largest_video=round(load.largest_video * factor),
         feature_bytes=round(load.feature_bytes * factor),
     )
-
-
-__all__ = ["Load", "Memory", "generation", "kept_by_layer", "memory", "states", "trained_elements", "with_tokens"]

@@ -157,16 +157,16 @@ def load_of(shape: Shape, config: RunConfig, record: Record, s: Setting, records
 
 def _layouts(config: RunConfig, s: Setting) -> list[tuple[str, Setting]]:
     """ZeRO-0, -2 and -3 with and without offloading; plain torch first on one device."""
-    rest = {"offload_optimizer": False, "offload_parameters": False}
+    here = dataclasses.replace(s, offload_optimizer=False, offload_parameters=False)
     out = []
     if s.world == 1:
-        out.append(("torch", dataclasses.replace(s, deepspeed=False, stage=0, **rest)))
+        out.append(("torch", dataclasses.replace(here, deepspeed=False, stage=0)))
     for stage in (0, 2, 3):
-        base = dataclasses.replace(s, deepspeed=True, stage=stage, **rest)
+        base = dataclasses.replace(here, deepspeed=True, stage=stage)
         out.append((f"ZeRO-{stage}", base))
         if stage >= 2:
-            more = {"offload_optimizer": True, "offload_parameters": stage == 3}
-            out.append((f"ZeRO-{stage} offload", dataclasses.replace(base, **more)))
+            there = dataclasses.replace(base, offload_optimizer=True, offload_parameters=stage == 3)
+            out.append((f"ZeRO-{stage} offload", there))
     return out
 
 
@@ -176,8 +176,8 @@ def zero_section(config: RunConfig, shape: Shape, s: Setting) -> dict[str, Any]:
         return {}
     asked = config.train.deepspeed if s.stage == config.train.zero_stage else ""
     train = dataclasses.replace(
-        config.train, engine="deepspeed", zero_stage=s.stage, offload_optimizer=s.offload_optimizer,
-        offload_parameters=s.offload_parameters, deepspeed=asked,
+        config.train, engine="deepspeed", zero_stage=s.stage,  # type: ignore[arg-type]
+        offload_optimizer=s.offload_optimizer, offload_parameters=s.offload_parameters, deepspeed=asked,
     )  # fmt: skip
     return buckets(train, trained_elements(shape, s))
 
@@ -220,7 +220,7 @@ def _time(
     choices: list[Choice],
 ) -> tuple[list[work.Stage], Memory | None, float, work.Flop]:  # fmt: skip
     t, speed = config.train, work.rate(q.gpu, s, q.mfu)
-    held = config.features.disk != "" or config.features.memory_gib * 2**30 >= sum(amounts.values()) * (
+    held = config.features.disk != "" or config.features.memory_gib * 2**30 >= max(amounts.values(), default=0) * (
         record.visual * shape.feature_width * s.size
     )
     first = work.flop_of(shape, record, s)

@@ -44,10 +44,9 @@ class Setting:
         return 0 if not self.dropout else 1 if self.cuda else 4
 
     @property
-    def grouped_keys(self) -> bool:
-        """Whether attention keeps keys and values of the key heads alone: flash-attn and FlexAttention, and causal rows
-        on CUDA. On a CPU each is repeated for all its query heads."""
-        return self.cuda
+    def hides_attention(self) -> bool:
+        """FlexAttention is compiled: ``selective`` does not see its output, and it is computed again."""
+        return self.cuda and self.trees and self.attention in ("auto", "flex")
 
 
 def setting_of(config: RunConfig, *, cuda: bool, world: int, sft: bool = False) -> Setting:

@@ -5,6 +5,7 @@ Counts are those of transformers' own classes, made on torch's meta device, wher
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Tower:
     linears: tuple[Linear, ...]
     head_norms: bool = False
     """Queries and keys are normalised per head (Qwen3)."""
+    rms: bool = True
+    """Norms work in float32 and keep that copy (RMSNorm), or keep their input as it is (LayerNorm)."""
 
     def lora(self, rank: int) -> int:
         """Elements of adapters of that rank on all adapted layers: rank · Σ (in + out)."""
@@ -76,13 +79,13 @@ class Shape:
     tower: Tower
     small: int = 0
     """Elements of language parameters with fewer than 100 000, which ZeRO-3 never partitions by default."""
-    tensors: int = 0
-    """Parameters of the language model, for messages."""
+    other: int = 0
+    """Of none of these, such as what separates the lines of an image; frozen."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        return self.language + self.embedding + self.vision + (0 if self.shared_head else self.head)
+        return self.language + self.embedding + self.vision + (0 if self.shared_head else self.head) + self.other
 
     @property
     def feature_width(self) -> int:
@@ -125,8 +128,8 @@ def built_in(name: str) -> tuple[Family, Any]:
 
     from tempo_fast.models import get_family
 
-    numbers = {key: dict(value) if isinstance(value, dict) else value for key, value in BUILT_IN[name].items()}
-    kind = numbers.pop("model_type")
+    numbers = copy.deepcopy(BUILT_IN[name])
+    kind = str(numbers.pop("model_type"))
     return get_family(kind), AutoConfig.for_model(kind, **numbers)
 
 
@@ -139,11 +142,12 @@ def shape_of(name: str, family: Family, config: Any) -> Shape:
         model: Any = getattr(transformers, family.model_class)(config)  # type: ignore[attr-defined]
     text = config.get_text_config()
     language = model.model.language_model
-    head, embedding = family.head(model).weight, model.get_input_embeddings().weight
+    head: Any = family.head(model).weight
+    embedding: Any = model.get_input_embeddings().weight
     tower = family.vision_tower(model)
     in_language = {id(p) for p in language.parameters()} - {id(embedding), id(head)}
     small = sum(p.numel() for p in language.parameters() if p.numel() < 100_000 and id(p) in in_language)
-    return Shape(
+    made = Shape(
         name=name,
         family=family,
         config=config,
@@ -157,8 +161,9 @@ def shape_of(name: str, family: Family, config: Any) -> Shape:
         text=_text_tower(model, family, text),
         tower=_vision_tower(model, family, tower),
         small=small,
-        tensors=len(in_language),
     )
+    made.other = sum(p.numel() for p in model.parameters()) - made.total
+    return made
 
 
 def _text_tower(model: Any, family: Family, text: Any) -> Tower:
@@ -192,6 +197,7 @@ def _vision_tower(model: Any, family: Family, tower: Any) -> Tower:
     return Tower(
         depth=len(blocks), width=width, heads=heads, key_heads=heads, head_dim=width // heads, mlp=widths[-1],
         gated=gated, linears=tuple(linears),
+        rms=not any(isinstance(m, torch.nn.LayerNorm) for m in blocks[0].modules()),
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def _memory(plan: Plan) -> str:
     head = ["", *PARTS, "sum", "host", "fits", "longest video"]
     rows = [_row(plan, c, limit) for c in plan.choices]
     lines = _aligned([head, *rows])
-    title = f"memory per rank, GiB, at its highest ({plan.config.model.dtype}, gradient_checkpointing {how}; * the recipe)"
+    title = f"memory per rank at its highest, GiB ({plan.config.model.dtype}, checkpointing {how}; * the recipe)"
     if plan.sft is not None:
         lines.append(f"sft: {plan.sft.device / GIB:.1f} GiB, {_biggest(plan.sft)}")
     lines.append(_advice(plan, limit))
@@ -149,10 +149,12 @@ def _timed(name: str, records: str, steps: str, tokens: str, step: str, rate: st
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    ]
+
+    def line(row: list[str]) -> str:
+        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return [line(row) for row in rows]
 
 
 def _count(n: float) -> str:

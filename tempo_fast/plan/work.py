@@ -1,7 +1,7 @@
 """FLOP of a recipe, and what they take in time and money at an assumed share of the peak rate.
 
-A multiply-add is two. P elements of the decoder's linear layers, T tokens, L layers, w heads times head size, A pairs of
-a query and a key that it sees, N answer tokens, D hidden size, V vocabulary:
+A multiply-add is two. P elements of the decoder's linear layers, T tokens, L layers, w heads times head size, A pairs
+of a query and a key that it sees, N answer tokens, D hidden size, V vocabulary:
 
     forward    2·P·T + 4·L·w·A
     training   forward, and as much again for the gradients of activations, and 4·L·w·A more for attention's
@@ -11,8 +11,8 @@ a query and a key that it sees, N answer tokens, D hidden size, V vocabulary:
     vision     2·weights of its blocks a patch, of its projector a merged patch, 4·width a pair of patches of a frame
                (of a window); three times where it trains in full, twice with adapters
 
-The adapters' own are left out: R·(in + out) beside in·out. So is communication. A tree's A is P(P+1)/2 of the prompt and
-P·n + n(n+1)/2 of each answer. Sources: arXiv 2001.08361 section 2.1 (2·P a token); the same counts as
+The adapters' own are left out: R·(in + out) beside in·out. So is communication. A tree's A is P(P+1)/2 of the prompt
+and P·n + n(n+1)/2 of each answer. Sources: arXiv 2001.08361 section 2.1 (2·P a token); the same counts as
 ``python -m bench step`` prints of its steps.
 
 Tokens of an answer are made one after the other: a step of a batch reads the weights and all keys and values once, at

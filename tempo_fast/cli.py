@@ -230,10 +230,14 @@ def _merge(words: list[str]) -> None:
         raise InputError(f"{args.out}: exists and is not empty; --force replaces it")
     from tempo_fast.training.adapters import merge_lora
 
-    error = merge_lora(
+    errors = merge_lora(
         base, args.adapter, args.out, device=args.device, note={"base": base, "adapter": str(args.adapter)}
     )
-    print(f"{args.out}: merged {args.adapter} into {base}; largest rounding error of a weight {error:.1e}")
+    print(
+        f"{args.out}: merged {args.adapter} into {base}; rounding changes a weight by at most"
+        f" {errors['max_rounding_error']:.1e} ({errors['max_relative_error']:.1e} of it) and the adapter's update by"
+        f" {100 * errors['update_error']:.1f} %"
+    )
 
 
 def _convert(words: list[str]) -> None:

@@ -121,27 +121,46 @@ def save_lora(model: Any, folder: Path, base: str) -> None:
 
 def merge_lora(
     base: str, adapter: Path, out: Path, *, device: str = "auto", note: dict[str, Any] | None = None
-) -> float:
+) -> dict[str, float]:
     """Fold an adapter into its base in float32 and write a directory that ``from_pretrained`` loads.
 
-    ``merge.json`` beside the weights holds ``note`` (where it came from) and the rounding error.
+    ``merge.json`` beside the weights holds ``note`` (where it came from) and what is returned.
 
     Returns:
-        The largest absolute rounding error of a merged weight against float32; 0 where the base is float32.
+        What rounding to the base's dtype does to the merged weights, all 0 where that is float32:
+        ``max_rounding_error``, the largest absolute error of a weight against float32; ``max_relative_error``, the
+        largest relative to its weight; ``update_error``, the norm of all errors over the norm of the adapter's
+        update, the share of the training that is lost or noise (near 1, little is left of it).
     """
     from transformers import AutoConfig
 
     stored = AutoConfig.from_pretrained(base, local_files_only=True).dtype or torch.float32
     bundle = load_bundle(base, "float32", device)
-    merged = load_lora(bundle, adapter, trainable=False).merge_and_unload()  # type: ignore[operator]
-    error = 0.0
+    model = load_lora(bundle, adapter, trainable=False)
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    update = sum(_square(layer.get_delta_weight("default")) for layer in layers)
+    merged = model.merge_and_unload()  # type: ignore[operator]
+    absolute = relative = lost = 0.0
     for parameter in merged.parameters():
-        rounded = parameter.data.to(stored)
-        error = max(error, float((rounded.float() - parameter.data).abs().max()) if parameter.numel() else 0.0)
+        exact, rounded = parameter.data, parameter.data.to(stored)
+        error = (rounded.float() - exact).abs()
+        if stored != torch.float32 and error.numel():
+            absolute = max(absolute, float(error.max()))
+            relative = max(relative, float((error / exact.abs().clamp_min(torch.finfo(stored).tiny)).max()))
+            lost += _square(error)
         parameter.data = rounded
     merged.config.dtype = stored
+    errors = {
+        "max_rounding_error": absolute,
+        "max_relative_error": relative,
+        "update_error": (lost / update) ** 0.5 if update else 0.0,
+    }
     with new_folder(out) as tmp:
         merged.save_pretrained(str(tmp), safe_serialization=True)
         _copy_beside(Path(bundle.path), tmp)
-        write_json(tmp / "merge.json", {**(note or {}), "max_rounding_error": error})
-    return error
+        write_json(tmp / "merge.json", {**(note or {}), **errors})
+    return errors
+
+
+def _square(values: torch.Tensor) -> float:
+    return float(values.double().square().sum())

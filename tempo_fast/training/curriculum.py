@@ -298,7 +298,9 @@ class Curriculum:
         self.ctx.ranks.barrier()
         result["merge"] = {k: v for k, v in read_json(note).items() if k not in marker}
         if not done:
-            log.info("merged %s: rounding error at most %.2e", out, result["merge"]["max_rounding_error"])
+            e = result["merge"]
+            told = "merged %s: rounding changes a weight by at most %.2e (%.2e of it), the adapter's update by %.1f %%"
+            log.info(told, out, e["max_rounding_error"], e["max_relative_error"], 100 * e["update_error"])
         self._keep(result)
         return str(out)
 

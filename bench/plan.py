@@ -73,6 +73,7 @@ class Case:
 _3M = Case("3m", 192, 512, 5, 6, 2, 2048, (3, 128, 4), (6, 12, 12), 60, 60, "full")
 _30M = Case("30m", 512, 1536, 6, 8, 2, 12000, (4, 256, 4), (8, 16, 16), 60, 80, "none")
 _150M = Case("150m", 1024, 2816, 10, 16, 4, 16000, (4, 384, 6), (6, 16, 20), 60, 100, "full")
+_WIDE = replace(_30M, policy="full", rank=256, grid=(2, 12, 12))
 CASES = {
     case.name: case
     for case in (
@@ -88,10 +89,11 @@ CASES = {
         replace(_30M, name="30m-long", policy="full", grid=(8, 32, 32)),
         replace(_30M, name="30m-sft", objective="sft", rejected=0, policy="full"),
         replace(_30M, name="30m-sft-none", objective="sft", rejected=0),
-        replace(_30M, name="30m-zero2", policy="full", zero=2, ranks=2),
-        replace(_30M, name="30m-zero3", policy="full", zero=3, ranks=2),
-        replace(_150M, name="150m-zero2", zero=2, ranks=2, rank=64),
-        replace(_150M, name="150m-zero3", zero=3, ranks=2, rank=64),
+        # what trains outweighs activations
+        replace(_WIDE, name="30m-wide"),
+        replace(_WIDE, name="30m-wide-zero0", zero=0, ranks=2),
+        replace(_WIDE, name="30m-wide-zero2", zero=2, ranks=2),
+        replace(_WIDE, name="30m-wide-zero3", zero=3, ranks=2),
     )
 }
 DEFAULT = ("3m-none", "3m-selective", "3m-full", "30m-none", "30m-selective", "30m-full", "150m-none", "150m-full")
@@ -112,10 +114,11 @@ def predict(case: Case) -> Row:
     one = visual + case.words + responses
     together = min(case.per_step, case.max_tokens // one)
     micros = -(-case.per_step // together)
+    filled = 0 if case.objective == "sft" else min(-(-case.records // case.ranks), case.max_tokens // one)
     load = Load(
         tokens=together * one, responses=together * responses, visual=together * visual, patches=together * t * h * w,
         largest_video=t * h * w, micros=micros, videos=case.records if case.ranks == 1 else case.records // case.ranks,
-        feature_bytes=visual * case.hidden * setting.size,
+        feature_bytes=visual * case.hidden * setting.size, fill_tokens=filled * one, fill_responses=filled * responses,
     )  # fmt: skip
     zero = buckets(config.train, trained_elements(shape, setting)) if setting.deepspeed else {}
     found = memory(shape, setting, load, zero, config.features, config.loader)

@@ -7,7 +7,7 @@ A decoder layer keeps, in bytes per token:
 
     norms      2 · 4·D          RMSNorm works in float32: a copy of its input, or the residual itself (s = 4)
     attention  s·(2·H·d + 2·X·d) + 4·H    query and output, key and value (X = K, or H where heads are repeated), and
-                                the log-sum-exp
+                                the log-sum-exp; 2·s·H·d more where one layer makes query, key and value (vision)
     MLP        3 · s·F          gate, its activation, the way up
     adapters   Σ (4 + m)·in + 4·R over the adapted layers: peft casts each layer's input to float32, drops some of it
                out, and keeps it for the gradient of A, and A's output for that of B. Without dropout in a float32 model
@@ -38,9 +38,11 @@ def kept_by_layer(tower: Tower, s: Setting) -> dict[str, float]:
     keys = tower.key_heads * tower.head_dim
     norm = 4 * d if tower.rms and not s.liger else s.size * d
     seen = keys_kept(tower, s)
+    # values are a view of what one layer made of all three
+    joined = 2 * heads if any(_leaf(x) == "qkv" for x in tower.linears) else 0
     kept = {
         "norms": 2.0 * norm + (4 * (heads + keys) if tower.head_norms else 0),
-        "attention": s.size * (2 * heads + 2 * seen) + 4 * tower.heads,
+        "attention": s.size * (2 * heads + 2 * seen + joined) + 4 * tower.heads,
         "mlp": (2 if s.liger else 3) * s.size * f if tower.gated else 2 * s.size * f,
     }
     if s.lora:

@@ -14,8 +14,10 @@ use is nearer than ``stage3_max_reuse_distance`` elements, so the last half of t
 Where the model itself trains in bfloat16, Q weighs s in the model and 4 more as a master. Offloading moves the
 optimizer's column, and with it gradients' partitions, to the host; ``offload_param`` the partitions of the weights.
 
-The phases are: encoding videos (frozen tower), the turn from forward to backward (all that is kept, and the head or
-the last layer's backward, whichever is more), and the update. Each has what stays beneath it.
+The phases are: loading and filling the reference (the model whole on every rank, whatever the stage: DeepSpeed takes it
+over when the training starts), encoding videos (frozen tower), the turn from forward to backward (all that is kept, and
+the head or the last layer's backward, whichever is more), and the update. Each has what stays beneath it. A forward
+without gradients holds, in the MLP, s·(3·F + 5·D) a token.
 
 Sources: Rajbhandari et al., arXiv 1910.02054 (the table); DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py,
 partitioned_param_coordinator.py (what it allocates in float32 mode); ``runtime/zero.py``; ``plan/activations.py``.
@@ -59,6 +61,9 @@ class Load:
     """Distinct videos whose features may be kept in memory; 0: as many as fit."""
     feature_bytes: int = 0
     """Of one video's features."""
+    fill_tokens: int = 0
+    """Of the packed row with which the reference is filled; 0: no reference."""
+    fill_responses: int = 0
 
 
 @dataclass
@@ -73,6 +78,13 @@ class Memory:
     @property
     def device(self) -> float:
         return sum(self.parts.values())
+
+    @property
+    def on_host(self) -> float:
+        """Bytes in CPU memory at its highest: loading and merging come before and after what training keeps there."""
+        alone = ("load", "merge")
+        rest = sum(value for name, value in self.host.items() if name not in alone)
+        return max([rest, *(self.host.get(name, 0.0) for name in alone)])
 
 
 def trained_elements(shape: Shape, s: Setting) -> int:
@@ -175,12 +187,17 @@ def memory(
         waiting = {"features": cached, "loader": 0.0}
         host["loader"] = loader.ahead * pixels if loader.workers else 0.0
     turn, head = turn_parts(shape, s, load)
+    whole = {"weights": s.size * shape.total + (4.0 * trained_elements(shape, s) if s.lora else 0.0)}
+    host |= {"load": float(s.size * shape.total), "merge": 4.0 * shape.total}
     phases: dict[str, dict[str, float]] = {
+        "load": {**whole},
         "encode": {**before, **waiting, "activations": encoding(shape.tower, s) * load.largest_video + 2 * pixels},
         "backward": {**before, **waiting, **turn},
         "head": {**before, **waiting, **head},
         "update": {**resting, **waiting, "activations": update},
     }
+    if load.fill_tokens:
+        phases["fill"] = {**whole, **waiting, **filling(shape, s, load)}
     if s.train_vision:
         del phases["encode"]
     overhead = 0.0
@@ -221,6 +238,15 @@ def turn_parts(shape: Shape, s: Setting, load: Load) -> tuple[dict[str, float], 
     return parts, {"activations": held + row + 2 * s.size * d * t, "features of the row": visual, "loss head": walk}
 
 
+def filling(shape: Shape, s: Setting, load: Load) -> dict[str, float]:
+    """A forward of the reference over one packed row, at its highest in an MLP; its head comes when that is over."""
+    t = load.fill_tokens
+    row = t * (s.size * shape.text.width + 2 * s.size * shape.text.head_dim + 8 * 8)
+    inside = t * s.size * (3 * shape.text.mlp + 4 * shape.text.width)
+    walk = head_bytes(shape, s, load.fill_responses) + 2 * s.size * shape.text.width * t
+    return {"activations": row + max(inside, walk)}
+
+
 def head_bytes(shape: Shape, s: Setting, n: int) -> float:
     """The walk over the vocabulary: hidden states, mean (and the reference's), and one slab of logits.
 
@@ -237,9 +263,9 @@ def head_bytes(shape: Shape, s: Setting, n: int) -> float:
 
 
 def encoding(tower: Tower, s: Setting) -> float:
-    """Bytes per patch of a frozen tower's forward at its highest, in an MLP: residual, norm, and of the width inside
-    the way up, a product and its activation (a gate has both branches)."""
-    return s.size * (2 * tower.width + 3 * tower.mlp)
+    """Bytes per patch of a frozen tower's forward at its highest, in an MLP: the block's input, residual and norm, and
+    of the width inside the way up, a product and its activation (a gate has both branches); rotary tables."""
+    return s.size * (3 * tower.width + 3 * tower.mlp) + 8 * tower.head_dim
 
 
 def feature_cache(shape: Shape, s: Setting, load: Load, features: FeaturesConfig) -> float:
@@ -287,4 +313,5 @@ def with_tokens(load: Load, factor: float) -> Load:
         patches=round(load.patches * factor),
         largest_video=round(load.largest_video * factor),
         feature_bytes=round(load.feature_bytes * factor),
+        fill_tokens=load.fill_tokens + visual - load.visual if load.fill_tokens else 0,
     )

@@ -143,6 +143,9 @@ def load_of(shape: Shape, config: RunConfig, record: Record, s: Setting, records
     share = math.ceil(per_step / s.world)
     fit = max(1, min(share, t.max_tokens // max(1, record.tokens)))
     rows = record.rows(s.trees)
+    filled = 0
+    if not pairs and _needs_reference(config):
+        filled = max(1, min(t.max_tokens // max(1, record.tokens), math.ceil((records or 1 << 30) / s.world)))
     return Load(
         tokens=fit * rows,
         responses=fit * record.responses,
@@ -152,6 +155,8 @@ def load_of(shape: Shape, config: RunConfig, record: Record, s: Setting, records
         micros=math.ceil(share / fit),
         videos=records,
         feature_bytes=record.visual * shape.feature_width * s.size,
+        fill_tokens=filled * record.tokens,
+        fill_responses=filled * record.responses,
     )
 
 
@@ -196,6 +201,7 @@ def longest(config: RunConfig, shape: Shape, load: Load, s: Setting, record: Rec
     one = dataclasses.replace(
         load, tokens=record.rows(s.trees), responses=record.responses,
         visual=record.visual * (1 if s.trees else record.answers), patches=record.patches,
+        fill_tokens=record.tokens if load.fill_tokens else 0, fill_responses=record.responses,
     )  # fmt: skip
     zero = zero_section(config, shape, s)
     limit = gpu.memory_gib * 2**30 * HEADROOM

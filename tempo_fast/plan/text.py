@@ -61,7 +61,7 @@ def _record(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> str:
     t, limit = plan.config.train, plan.question.gpu.memory_gib * GIB * HEADROOM
     how = t.gradient_checkpointing if isinstance(t.gradient_checkpointing, str) else str(t.gradient_checkpointing)
-    head = ["", *PARTS, "sum", "host", "fits", "longest video"]
+    head = ["", *PARTS, "sum", "when", "host", "fits", "longest video"]
     rows = [_row(plan, c, limit) for c in plan.choices]
     lines = _aligned([head, *rows])
     title = f"memory per rank at its highest, GiB ({plan.config.model.dtype}, checkpointing {how}; * the recipe)"
@@ -78,12 +78,20 @@ def _memory(plan: Plan) -> str:
 
 def _row(plan: Plan, c: Choice, limit: float) -> list[str]:
     gib = [f"{c.memory.parts.get(part, 0.0) / GIB:.2f}" for part in PARTS]
-    host = sum(c.memory.host.values()) / GIB
+    host = c.memory.on_host / GIB
     video = f"{c.longest} frames" if c.longest else "-"
     if c.longest:
         video += f" ({c.longest / plan.config.video.fps / 60:.1f} min)"
     fits = "yes" if c.memory.device <= limit else "no"
-    return [f"{'*' if c.asked else ' '} {c.name}", *gib, f"{c.memory.device / GIB:.2f}", f"{host:.1f}", fits, video]
+    return [
+        f"{'*' if c.asked else ' '} {c.name}",
+        *gib,
+        f"{c.memory.device / GIB:.2f}",
+        c.memory.phase,
+        f"{host:.1f}",
+        fits,
+        video,
+    ]
 
 
 def _biggest(memory: Memory) -> str:
@@ -178,7 +186,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory": [
             {
                 "name": c.name, "asked": c.asked, "bytes": c.memory.device, "phase": c.memory.phase,
-                "parts": c.memory.parts, "phases": c.memory.phases, "host": c.memory.host,
+                "parts": c.memory.parts, "phases": c.memory.phases,
+                "host": c.memory.host,
                 "fits": c.memory.device <= q.gpu.memory_gib * GIB * HEADROOM, "longest_frames": c.longest,
             }
             for c in plan.choices

@@ -69,6 +69,7 @@ _DECIDES = {
     "gradient_clipping": "train.max_grad_norm",
     "bf16.enabled": "training, which keeps float32 masters itself,",
     "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.memory_efficient_linear": "train.gradient_checkpointing",
     "zero_optimization.offload_optimizer.device": "train.offload_optimizer",
     "zero_optimization.offload_param.device": "train.offload_parameters",
 }
@@ -81,6 +82,10 @@ def _fixed(config: TrainConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
+    if config.zero_stage == 3 and config.gradient_checkpointing == "selective":
+        # DeepSpeed's own linear layer adds its bias in place to the product that selective recomputing keeps, which
+        # then has it twice; torch's holds a gathered weight only while one layer is computed again
+        zero["memory_efficient_linear"] = False
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

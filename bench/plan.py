@@ -1,10 +1,10 @@
 """``python -m bench plan``: the memory that ``tempo-fast plan`` predicts, beside the peak of a real training.
 
 Each case trains a model of random weights for a few steps through ``training.loop.run_stage``, in a process of its own
-(two under ``torchrun`` where the case says so). Measured is the highest sum of live bytes of torch's allocator, from
-the profiler's memory events, over the bytes of the model before; and ``rss_mib``, the process's highest resident size
-over that before the model was made, which also holds what libraries and the interpreter take. On CUDA it is the
-allocator's own peak. ``ratio`` is predicted over measured.
+(two under ``torchrun`` where the case says so): the model is made, the reference filled, the steps run. Measured is the
+highest sum of live bytes of torch's allocator, from the profiler's memory events; ``rss_mib``, the process's highest
+resident size over that before the model was made, also holds libraries, the interpreter and the profiler's own events.
+``ratio`` is predicted over measured.
 """
 
 from __future__ import annotations
@@ -211,42 +211,41 @@ def work(case: Case, out: Path) -> Row:
     _warm_up()
     resident = _resident("VmRSS")
     _reset_resident()
-    bundle = _bundle(case)
-    before = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in _tensors(bundle)}.values())
-    items = make_items(shape, bundle, case.records, case.rejected)
-    sft = case.objective == "sft"
-    for item in items:
-        item.kinds = ["sft"] if sft else item.kinds
-    reader: Any = Noise(bundle.dtype)
-    features = FeatureCache(int(config.features.memory_gib * 2**30))
-    objective = make_objective(case.objective)
+    objective, sft = make_objective(case.objective), case.objective == "sft"
     stage = Stage(
         name="stage1_r4", r=4, objective=ObjectiveConfig(case.objective, {}), learning_rate=1e-4, epochs=1,
         batch_size=config.train.batch_size, lora=config.train.lora, base="random", base_digest="random",
         dtype=case.dtype, max_steps=case.steps, vision_lora=sft,
     )  # fmt: skip
     peaks: Row = {}
-    with Stopper(ranks) as stopper:
-        checked = DecodeCheck(out / "decoded.jsonl", reader, ranks, [], lambda key: True, config.loader)
+    # from before the model: the allocator's events leave out what is freed and was there before they began
+    with Stopper(ranks) as stopper, _peak(peaks):
+        bundle = _bundle(case)
+        model = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(bundle)}
+        items = make_items(shape, bundle, case.records, case.rejected)
+        for item in items:
+            item.kinds = ["sft"] if sft else item.kinds
+        reader: Any = Noise(bundle.dtype)
         ctx = Context(
-            train=config.train, seed=0, out=out, reader=reader, features=features, ranks=ranks, stopper=stopper,
-            checked=checked, loader=config.loader,
+            train=config.train, seed=0, out=out, reader=reader,
+            features=FeatureCache(int(config.features.memory_gib * 2**30)), ranks=ranks, stopper=stopper,
+            checked=DecodeCheck(out / "decoded.jsonl", reader, ranks, [], lambda key: True, config.loader),
+            loader=config.loader,
         )  # fmt: skip
-        with _peak(peaks):
-            store = None
-            if objective.needs_reference:
-                store = ReferenceStore(out / "reference", {"reference": "random"})
-                store.kl = objective.needs_kl
-                fill(
-                    bundle, store, [i.tree for i in items], reader, features, kl=store.kl,
-                    max_tokens=case.max_tokens, ranks=ranks, loader=config.loader,
-                )  # fmt: skip
-            done = run_stage(stage, ctx, bundle, items, store)
+        store = None
+        if objective.needs_reference:
+            store = ReferenceStore(out / "reference", {"reference": "random"})
+            store.kl = objective.needs_kl
+            fill(
+                bundle, store, [i.tree for i in items], reader, ctx.features, kl=store.kl, max_tokens=case.max_tokens,
+                ranks=ranks, loader=config.loader,
+            )  # fmt: skip
+        done = run_stage(stage, ctx, bundle, items, store)
     return {
         "rank": ranks.rank,
         "steps": done["steps"],
-        "model_mib": before / 2**20,
-        "measured_mib": before / 2**20 + peaks["mib"],
+        "model_mib": sum(model.values()) / 2**20,
+        "measured_mib": peaks["mib"],
         "rss_mib": _resident("VmHWM") - resident,
     }
 
@@ -299,7 +298,7 @@ def _warm_up() -> None:
 
 @contextmanager
 def _peak(into: Row) -> Iterator[None]:
-    """The highest sum of live bytes over those at the start, in MiB."""
+    """The highest sum of live bytes, in MiB."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

@@ -116,10 +116,14 @@ def needed_r(stages: Sequence[StageConfig]) -> list[int]:
 
 
 def easier_before(stages: Sequence[StageConfig], index: int) -> list[tuple[int, tuple[str, ...]]]:
-    """(r, kinds) of earlier stages that are easier than all of a stage's: what it replays, each once, easiest first."""
-    hardest = max(stages[index].rs)
-    found = {(r, tuple(s.kinds)) for s in stages[:index] for r in s.rs if r > hardest}
-    return sorted(found, key=lambda x: (-x[0], x[1]))
+    """(r, kinds; empty: all) of earlier stages with r easier than all of a stage's: what it replays, easiest first."""
+    easiest = max(stages[index].rs)
+    found: dict[int, tuple[str, ...]] = {}
+    for s in stages[:index]:
+        for r in (r for r in s.rs if r > easiest):
+            together = sorted({*s.kinds, *found.get(r, s.kinds)})
+            found[r] = tuple(together) if s.kinds and found.get(r, s.kinds) else ()
+    return sorted(found.items(), reverse=True)
 
 
 def check_curriculum(

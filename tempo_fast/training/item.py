@@ -44,11 +44,12 @@ class Item:
         self.id, self.plans, self.n_tokens = tree.id, tree.plans, tree.n_tokens
         self.unaligned = len(tree.unaligned)
         packed = _pack(tree)
+        sizes, visual, grids, unaligned = packed[-1]
         keys = [p.key for p in tree.plans]
         prompt = hashlib.sha256(b"".join(packed[:2]))
         self.group = "|".join(keys) or prompt.hexdigest()
-        rest = [tree.id, kinds, keys, [[len(b.input_ids) for b in tree.branches], tree.unaligned]]
-        whole = hashlib.sha256(canonical_json(rest).encode() + b"".join(packed[:-1]))
+        rest = [tree.id, kinds, keys, sizes, len(packed[0]), grids, unaligned]
+        whole = hashlib.sha256(b"".join([canonical_json(rest).encode(), visual.tobytes(), *packed[:-1]]))
         self.digest = whole.hexdigest()[:32]
         self._packed = zlib.compress(pickle.dumps(packed), 1)
         self._alive: Callable[[], ResponseTree | None] = weakref.ref(tree)

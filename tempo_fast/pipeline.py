@@ -193,19 +193,26 @@ def train(run: Run) -> dict[str, Any]:
             results.extend(r for r in (*outcome.stages, outcome.sft, outcome.control) if r)
             return to_plain(outcome)
 
-    adapters = lambda: [Path(r["adapter"]) / "adapter_model.safetensors" for r in results]  # noqa: E731
-    return run.step("train", inputs, work, outputs=adapters, collective=True)
+    def outputs() -> list[Path]:
+        adapters = [Path(r["adapter"]) / "adapter_model.safetensors" for r in results if r["adapter"]]
+        return [*adapters, *(Path(r["model"]) / "config.json" for r in results if r["model"])]
+
+    return run.step("train", inputs, work, outputs=outputs, collective=True)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Temporal probes on held-out videos for base, stages, SFT and control: ``eval/eval.json``."""
+    from tempo_fast.models.load import checkpoint_digest
     from tempo_fast.training.adapters import adapter_digest
 
     config, data = run.config, run.data
     trained = read_json(made_by(run.out / "state" / "train.json", "train"))["result"]
     truths, questions = _eval_data(run)
     models = _models(run, trained)
-    identities = {name: [run.model_digest, *([adapter_digest(a), base] if a else [])] for name, base, a in models}
+    trained_by = lambda base, a: [adapter_digest(a), base] if a else [checkpoint_digest(base)]  # noqa: E731
+    identities = {
+        name: [run.model_digest, *(trained_by(base, a) if name != "base" else [])] for name, base, a in models
+    }
     seen = dict.fromkeys([t.video for t in truths] + [q.video for q in questions])
     videos = [_stamp(Path(v)) for v in seen]
     settings = [config.eval, config.video, config.generation, config.seed, config.model.dtype, videos,
@@ -227,11 +234,11 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _models(run: Run, trained: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(row name, base directory, adapter directory or "") of every model that is evaluated."""
+    """(row name, directory, adapter directory or "") of every model that is evaluated."""
     stages = trained["stages"][-1:] if run.config.eval.stages == "ends" else trained["stages"]
     sft, control = ([row] if row else [] for row in (trained["sft"], trained["control"]))
     ordered = [*sft, *stages] if run.config.train.sft.when == "before" else [*stages, *sft, *control]
-    return [("base", run.config.model.path, ""), *((s["name"], s["base"], s["adapter"]) for s in ordered)]
+    return [("base", run.config.model.path, ""), *((s["name"], s["model"] or s["base"], s["adapter"]) for s in ordered)]
 
 
 def _sft_data(run: Run) -> list[SFTRecord] | None:

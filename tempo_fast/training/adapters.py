@@ -5,6 +5,7 @@ Saved keys are those of the ForConditionalGeneration class.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import nn
 
 from tempo_fast.config import LoraConfig
 from tempo_fast.errors import InputError
-from tempo_fast.files import file_digest, new_folder, write_json
+from tempo_fast.files import file_digest, new_folder, read_json, write_json
 from tempo_fast.models.load import Bundle, load_bundle
 from tempo_fast.runtime.seeds import generator
 
@@ -101,6 +102,22 @@ def save_model(bundle: Bundle, folder: Path) -> None:
     with new_folder(folder) as tmp:
         model.save_pretrained(str(tmp), safe_serialization=True)
         _copy_beside(Path(bundle.path), tmp)
+
+
+def link_model(model: Path, folder: Path, note: dict[str, Any]) -> None:
+    """``folder`` becomes the same model, its files shared where the file system can; ``merge.json`` holds ``note``.
+
+    Nothing happens where it is there already.
+    """
+    if (folder / "merge.json").is_file() and read_json(folder / "merge.json") == note:
+        return
+    with new_folder(folder) as tmp:
+        for path in model.iterdir():
+            try:
+                os.link(path, tmp / path.name)
+            except OSError:
+                shutil.copy2(path, tmp / path.name)
+        write_json(tmp / "merge.json", note)
 
 
 def _copy_beside(checkpoint: Path, folder: Path) -> None:

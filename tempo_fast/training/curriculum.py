@@ -2,8 +2,10 @@
 
 ``reference: base``: one reference, one LoRA that continues unmerged, so that the reference is the model, adapters off.
 ``reference: previous_stage`` (the official TEMPLE scripts): at each boundary merge, start a new LoRA, refill the store.
-A stage may choose for itself. Optimizer and schedule start anew with every stage in both. SFT before the stages is
-merged into the model that they start from: that model, not the one on disk, is then their ``base``.
+A stage may choose for itself. With ``tune: full`` every stage starts from the model of the one before, and what differs
+is the reference: the model before the first stage, or that of the stage before. Optimizer and schedule start anew with
+every stage in both. SFT before the stages is merged into the model that they start from: that model, not the one on
+disk, is then their ``base``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from tempo_fast.models.liger import apply_liger
 from tempo_fast.models.load import Bundle, checkpoint_digest, load_bundle, resolve_path
 from tempo_fast.reference.store import ReferenceStore
 from tempo_fast.schema import PreferenceRecord, SFTRecord
-from tempo_fast.training.adapters import adapter_digest, attach_lora, load_lora, merge_lora
+from tempo_fast.training.adapters import adapter_digest, attach_lora, link_model, load_lora, merge_lora, unfreeze
 from tempo_fast.training.adaptive import Looks, budget_of
 from tempo_fast.training.data import Item, Items, check_lengths, preference_items, sft_items
 from tempo_fast.training.loop import Context, Stage, finished, run_stage
@@ -184,14 +186,15 @@ class Curriculum:
 
     def _preference_stages(self, base: str) -> tuple[dict[str, Any] | None, str]:
         """Returns (result of the last stage, the base under its adapter)."""
-        train, stages = self.config.train, self.config.train.stages
+        train, stages, full = self.config.train, self.config.train.stages, self.config.train.tune == "full"
         last: dict[str, Any] | None = None
         bundle: Bundle | None = None
         for index, settings in enumerate(stages):
             if last and not self.continues(settings):
-                base = self._merge(base, last, Path(last["adapter"]).parent / "merged")
+                base = self._merge(base, last, self.ctx.out / last["name"] / "merged")
                 last, bundle = None, None
             adapter = last["adapter"] if last else ""
+            start = last["model"] if last and full else base
             stage = Stage(
                 name=stage_name(index, settings.r),
                 r=settings.r,
@@ -200,19 +203,22 @@ class Curriculum:
                 epochs=settings.epochs,
                 batch_size=train.batch_size,
                 lora=train.lora,
-                base=base,
-                base_digest=self.digest_of(base),
+                base=start,
+                base_digest=self.digest_of(start),
+                reference_digest=self.digest_of(base) if full else "",
                 dtype=self.config.model.dtype,
                 start_adapter=adapter,
                 start_digest=adapter_digest(adapter) if adapter else "",
+                vision_lora=train.tune_vision,
                 max_steps=self._most_steps(index),
             )
             chosen = self.chosen(index)
             looks, between = self._looks(stage, chosen), self._between()
             result = finished(stage, self.ctx, chosen.trained, looks, between)
             if result is None:
-                bundle = self._with_adapter(stage, bundle)
-                result = self._train(stage, bundle, chosen, looks, between)
+                # all weights train: the model is loaded anew, after the one that is the reference has gone
+                bundle = None if full else self._with_adapter(stage, bundle)
+                result = self._train(stage, bundle, base, chosen, looks, between)
             else:
                 log.info("%s: done before, skipped", stage.name)
                 bundle = None
@@ -224,14 +230,27 @@ class Curriculum:
         return last, base
 
     def _train(
-        self, stage: Stage, bundle: Bundle, chosen: Chosen, looks: Looks | None, between: Interleaved | None
+        self,
+        stage: Stage,
+        bundle: Bundle | None,
+        base: str,
+        chosen: Chosen,
+        looks: Looks | None,
+        between: Interleaved | None,
     ) -> dict[str, Any]:
-        """Fill what is missing of the reference, check it, train; the result as ``stage.json`` holds it."""
+        """Fill what is missing of the reference, check it, train; the result as ``stage.json`` holds it.
+
+        Args:
+            bundle: what trains; None loads it, and for the reference the model in ``base``.
+        """
         counts, store = NO_READS, None
         if needs_reference(stage.objective):
-            store = self.references.open(bundle, stage.objective)
-            counts = self.references.fill(bundle, store, stage.name, chosen.referred)
-            self.references.check(bundle, store, stage.name, chosen.trained)
+            referred = bundle or self.load(base)
+            store = self.references.open(referred, stage.objective)
+            counts = self.references.fill(referred, store, stage.name, chosen.referred)
+            self.references.check(referred, store, stage.name, chosen.trained)
+            del referred
+        bundle = bundle or self._with_adapter(stage, None)
         result = run_stage(stage, self.ctx, bundle, chosen.trained, store, looks=looks, between=between)
         self._complete(result, chosen, counts, store)
         return result
@@ -281,7 +300,9 @@ class Curriculum:
         if bundle is not None:
             return bundle
         bundle = self.load(stage.base)
-        if stage.start_adapter:
+        if self.config.train.tune == "full":
+            unfreeze(bundle, head=self.config.train.tune_head, vision=stage.vision_lora)
+        elif stage.start_adapter:
             load_lora(bundle, Path(stage.start_adapter), trainable=True)
         else:
             attach_lora(bundle, stage.lora, seed=self.ctx.seed, vision=stage.vision_lora)
@@ -289,6 +310,13 @@ class Curriculum:
 
     def _merge(self, base: str, result: dict[str, Any], out: Path) -> str:
         """Fold a stage's adapter into its base; what rounding did to it stands in ``merge.json`` and in ``result``."""
+        if model := result.get("model"):  # nothing to fold; the run's result stands where it always does
+            if out == self.ctx.out / "merged":
+                if self.ctx.ranks.is_main:
+                    link_model(Path(model), out, {"model": self.digest_of(model)})
+                self.ctx.ranks.barrier()
+                model = str(out)
+            return model
         adapter = result["adapter"]
         marker = {"base": self.digest_of(base), "adapter": adapter_digest(adapter)}
         note = out / "merge.json"
@@ -323,7 +351,7 @@ class Curriculum:
             base=base,
             base_digest=self.digest_of(base),
             dtype=self.config.model.dtype,
-            vision_lora=sft.vision_lora,
+            vision_lora=self.config.train.tune_vision if self.config.train.tune == "full" else sft.vision_lora,
             max_steps=max_steps or sft.max_steps,
         )
         items = self.sft_trees()

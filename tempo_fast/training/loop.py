@@ -80,13 +80,16 @@ class Stage:
     batch_size: int
     lora: LoraConfig
     base: str
-    """Checkpoint directory under the adapter."""
+    """Checkpoint directory under the adapter, or whose weights train."""
     base_digest: str
     dtype: str = "float32"
     start_adapter: str = ""
     """Adapter directory that this stage continues; empty for a fresh one."""
     start_digest: str = ""
+    reference_digest: str = ""
+    """Of the model that is the reference, where all weights train."""
     vision_lora: bool = False
+    """Whether the vision tower trains, by adapters or itself."""
     max_steps: int = 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -247,13 +247,22 @@ class Curriculum:
         if needs_reference(stage.objective):
             referred = bundle or self.load(base)
             store = self.references.open(referred, stage.objective)
-            counts = self.references.fill(referred, store, stage.name, chosen.referred)
+            counts = self.references.fill(referred, store, stage.name, chosen.referred, self._earlier())
             self.references.check(referred, store, stage.name, chosen.trained)
             del referred
         bundle = bundle or self._with_adapter(stage, None)
         result = run_stage(stage, self.ctx, bundle, chosen.trained, store, looks=looks, between=between)
         self._complete(result, chosen, counts, store)
         return result
+
+    def _earlier(self) -> Iterator[tuple[ObjectiveConfig, Sequence[Item]]]:
+        """Loss and records of the stages before the running one whose reference is the same, in order."""
+        stages, first = self.config.train.stages, len(self.outcome.stages)
+        while first and self.continues(stages[first]):
+            first -= 1
+        for index in range(first, len(self.outcome.stages)):
+            if needs_reference(objective := self.objective(index)):
+                yield objective, self.chosen(index).referred
 
     def _complete(
         self, result: dict[str, Any], chosen: Chosen, counts: dict[str, int], store: ReferenceStore | None

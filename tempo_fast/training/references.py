@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from tempo_fast.config import ObjectiveConfig, RunConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, read_json, write_json
 from tempo_fast.models.load import Bundle
-from tempo_fast.reference.fill import fill, start_check
+from tempo_fast.reference.fill import fill, start_check, verify_together
+from tempo_fast.reference.shard import form_of
 from tempo_fast.reference.store import ReferenceStore, compatible_fields, reference_fields
 from tempo_fast.training.item import Item, Trees
 from tempo_fast.training.loop import Context
@@ -43,18 +44,38 @@ class References:
         kl = self.config.reference.kl == "always" or make_objective(objective.name, **objective.options).needs_kl
         fields = {**reference_fields(bundle), **self.ctx.features.identity()}
         compatible = compatible_fields(bundle, self.config.train.attention)
-        store = ReferenceStore(root / digest(fields)[:16], fields, compatible=compatible)
+        form = form_of(self.config.reference.keep, bundle.dtype)
+        store = ReferenceStore(root / digest(fields)[:16], fields, compatible=compatible, form=form)
         store.kl = kl
         return store
 
-    def fill(self, bundle: Bundle, store: ReferenceStore, name: str, items: Sequence[Item]) -> dict[str, Any]:
-        """Compute what the store lacks for a stage; the first time's counts are kept beside the store's manifest."""
-        trees, train = Trees(items), self.config.train
-        counts = self._count(name, store, trees)
+    def fill(
+        self,
+        bundle: Bundle,
+        store: ReferenceStore,
+        name: str,
+        items: Sequence[Item],
+        earlier: Iterable[tuple[ObjectiveConfig, Sequence[Item]]] = (),
+    ) -> dict[str, Any]:
+        """Compute what the store lacks for a stage; the first time's counts are kept beside the store's manifest.
+
+        Where chosen answers are missing, ``earlier`` stages of the same reference are filled first: a shard of theirs
+        that was damaged is then computed as it was, all its answers together, and comes out the same to the last bit.
+        """
+        counts, lacks_chosen = self._count(name, store, Trees(items))
+        if any(self.ctx.ranks.all_gather_object(lacks_chosen)):
+            for objective, others in earlier:
+                self._fill(bundle, self.open(bundle, objective), others)
+            store.refresh()
+        self._fill(bundle, store, items)
+        return counts
+
+    def _fill(self, bundle: Bundle, store: ReferenceStore, items: Sequence[Item]) -> None:
+        train = self.config.train
         fill(
             bundle,
             store,
-            trees,
+            Trees(items),
             self.ctx.reader,
             self.ctx.features,
             kl=store.kl,
@@ -63,7 +84,6 @@ class References:
             loader=self.ctx.loader,
             check=self.ctx.stopper.check,
         )
-        return counts
 
     def counts(self, name: str) -> dict[str, int]:
         """What the run found and had to compute for a stage, as its first start saw it; zeros where it needed none."""
@@ -74,14 +94,16 @@ class References:
     def _fills(self) -> Path:
         return Path(self.config.output_dir) / "reference" / "fills.json"
 
-    def _count(self, name: str, store: ReferenceStore, trees: Sequence[ResponseTree]) -> dict[str, int]:
-        """Note what the store holds of a stage, once: later starts find all of it."""
+    def _count(self, name: str, store: ReferenceStore, trees: Sequence[ResponseTree]) -> tuple[dict[str, int], bool]:
+        """Note what the store holds of a stage, once: later starts find all of it. Also whether it lacks a chosen
+        answer now."""
         keys = [store.keys(tree) for tree in trees]
         chosen, every = {row[0] for row in keys}, {key for row in keys for key in row}
         known = read_json(self._fills) if self._fills.is_file() else {}
         answers = digest(sorted(every))
+        verify_together(store, sorted(every), self.ctx.ranks)
+        missing = set(store.missing(sorted(every)))
         if known.get(name, {}).get("answers") != answers:
-            missing = set(store.missing(sorted(every)))
             known[name] = {
                 "answers": answers,
                 "hits": len(every - missing),
@@ -92,7 +114,7 @@ class References:
             self.ctx.ranks.barrier()  # all have looked before the first one fills
             if self.ctx.ranks.is_main:
                 write_json(self._fills, known)
-        return {k: v for k, v in known[name].items() if k != "answers"}
+        return {k: v for k, v in known[name].items() if k != "answers"}, bool(chosen & missing)
 
     def check(self, bundle: Bundle, store: ReferenceStore, name: str, items: Sequence[Item]) -> None:
         """Compare the model, adapters off, with what is stored of a few records. Raises InputError."""

@@ -40,7 +40,8 @@ def zero_config(config: TrainConfig, n_trainable: int, *, persist_below: int = 1
     path = find_file(config.deepspeed)
     theirs = _read(path)
     for key, value in _leaves(theirs):
-        if any(key == no or key.startswith(no + ".") for no in _REFUSED) and value not in (False, None, 0, 1):
+        off = not value or (value == 1 and value is not True)  # a group of one is none
+        if any(key == no or key.startswith(no + ".") for no in _REFUSED) and not off:
             raise InputError(f"{path}: {key} is not for this file: training does without it, or decides it itself")
         if value == "auto":
             raise InputError(f"{path}: {key} is 'auto', which means nothing here; give a value, or leave the key out")

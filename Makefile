@@ -37,9 +37,11 @@ demo-short: $(VENV)/.demo
 	rm -rf $(SHORT_DIR)
 	$(BIN)/tempo-fast run $(RECIPE) $(SHORT_FLAGS)
 
-# DeepSpeed would otherwise look for an accelerator of its own
+# Two processes, a file of tests at a time, torch with one thread in each. DeepSpeed would otherwise look for an
+# accelerator of its own.
+JOBS ?= 2
 test: $(VENV)/.test
-	DS_ACCELERATOR=cpu $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

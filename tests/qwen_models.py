@@ -1,4 +1,4 @@
-"""Random small models of Qwen2-VL's successors; the tokenizer is conftest's.
+"""Random small models of Qwen2-VL's successors; the tokenizer is tiny_qwen's.
 
 Widths differ wherever a mistake could take one for another; windows are smaller than frames, DeepStack reaches fewer
 layers than there are.

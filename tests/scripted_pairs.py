@@ -78,7 +78,8 @@ class Scripted:
 def video(name: str, n: int, groups=None) -> Clips:
     groups = groups or list(range(n))
     clips = [Clip(10 * i, 10 * i + 10, i, i + 1.0, g, [10 * i + 3, 10 * i + 6]) for i, g in enumerate(groups)]
-    return Clips(name, digest(["video", name]), 10 * n, float(n), [[c.start_frame, c.end_frame] for c in clips], groups, clips)
+    shots = [[c.start_frame, c.end_frame] for c in clips]
+    return Clips(name, digest(["video", name]), 10 * n, float(n), shots, groups, clips)
 
 
 CONFIG = PairsConfig(aggregate="template")

@@ -1,11 +1,15 @@
 """What the README shows works as shown."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from tempo_fast.cli import main
 from tempo_fast.configio import load_config
+from tempo_fast.schema import PreferenceRecord, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,17 +34,22 @@ def test_the_loss_head_alone():
     assert scope["loss"].item() == scope["loss"].item() and scope["hidden"].grad.abs().sum() > 0
 
 
-def test_pairs_of_ones_own(tmp_path, monkeypatch):
+def test_pairs_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "<video>What happens?"},'
-        ' {"role": "assistant", "content": "A, then B."}], "rejected_response": "B, then A.", "videos": ["a.mp4"]}\n'
-    )
-    exec(compile(next(b for b in blocks("python") if "read_pairs" in b), "README", "exec"), {})
-    from tempo_fast.schema import PreferenceRecord, read_records
-
+    row = {
+        "messages": [
+            {"role": "user", "content": "<video>What happens?"}, {"role": "assistant", "content": "A, then B."}
+        ],
+        "rejected_response": "B, then A.",
+        "videos": ["a.mp4"],
+    }  # fmt: skip
+    (tmp_path / "pairs.json").write_text(json.dumps([row, {**row, "rejected_response": 7}]))
+    command = next(line for line in README.splitlines() if line.startswith("tempo-fast pairs convert"))
+    assert main(shlex.split(command)[1:]) == 0
     [record] = read_records(tmp_path / "runs/mine/pairs/r4.jsonl", PreferenceRecord)
     assert (record.chosen, record.rejected[0].text, record.r) == ("A, then B.", "B, then A.", 4)
+    [problem] = (json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines())
+    assert problem["line"] == 2 and "rejected_response" in str(problem)
 
 
 @pytest.mark.parametrize("path", re.findall(r"^((?:tempo_fast|kernels|bench|tests)/[\w./]*)", README, re.MULTILINE))

@@ -157,14 +157,14 @@ def test_one_process_at_a_time(tmp_path):
 # Loads a model once; for each line it reads it forks a child that answers into the file named there and says so.
 GENERATING = """
 import os, random, sys
-import conftest
+import tiny_qwen
 from tempo_fast.config import GenerationConfig
 from tempo_fast.generation import AnswerCache, Request, make_engine
 from tempo_fast.models.load import load_bundle
 
 bundle = load_bundle(sys.argv[1], "float32", "cpu")
 rng = random.Random(1)
-plans = [conftest.FakePlan(str(i), 2 + i % 5) for i in range(7)]
+plans = [tiny_qwen.FakePlan(str(i), 2 + i % 5) for i in range(7)]
 requests = [
     Request((rng.choice(plans),), rng.choice(["Say it.", "So?"]), rng.choice([2, 5, 25]), sample=i,
             temperature=rng.choice([0.0, 1.0]))
@@ -179,7 +179,7 @@ for line in sys.stdin:
         print(os.waitstatus_to_exitcode(status), flush=True)
         continue
     config = GenerationConfig(batch_size=4, max_new_tokens=40, repetition_penalty=1.1)
-    engine = make_engine(config, bundle, conftest.FakeReader(), None, 3)
+    engine = make_engine(config, bundle, tiny_qwen.FakeReader(), None, 3)
     AnswerCache(line.strip(), engine, chunk=7).answers(requests)
     os._exit(0)
 """

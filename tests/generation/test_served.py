@@ -18,8 +18,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import conftest
 import pytest
+import tiny_qwen
 import torch
 from counter_clips import write_counter
 
@@ -46,7 +46,7 @@ def write_checkpoint(hub: Path) -> Path:
     """A snapshot in a hub's cache folder, which is where the server looks for what it can serve."""
     import transformers
 
-    tokenizer = conftest.make_tokenizer()
+    tokenizer = tiny_qwen.make_tokenizer()
     tokenizer.chat_template = CHAT
     token = tokenizer.convert_tokens_to_ids
     config = transformers.LlavaConfig(

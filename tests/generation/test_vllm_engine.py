@@ -13,9 +13,9 @@ import types
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import conftest
 import numpy as np
 import pytest
+import tiny_qwen
 import torch
 from counter_clips import write_counter
 
@@ -227,8 +227,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Qwen2-VL whose heads have 32 channels, the fewest that vLLM's CPU kernels take, with its processors."""
     import transformers
 
-    tokenizer = conftest.make_tokenizer()
-    config = conftest.make_config(tokenizer)
+    tokenizer = tiny_qwen.make_tokenizer()
+    config = tiny_qwen.make_config(tokenizer)
     config.text_config.hidden_size = config.vision_config.hidden_size = 128
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [4, 6, 6]}
     with torch.random.fork_rng():

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-import conftest  # noqa: E402
+import tiny_qwen  # noqa: E402
 import torch  # noqa: E402
 from frame_models import FramesPlan, FramesReader  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
@@ -46,7 +46,7 @@ def make_trees(bundle: Any, *, single: bool = False) -> list[Any]:
         if bundle.geometry.side:
             video: Any = FramesPlan(f"v{i}", 1 + i, bundle.geometry)
         else:
-            video = conftest.FakePlan(f"v{i}", 1 + i, 28, 28 if i % 2 else 56)
+            video = tiny_qwen.FakePlan(f"v{i}", 1 + i, 28, 28 if i % 2 else 56)
         plans = [] if i == 3 else [video]
         spans = [[[2, len(a)]] for a in answers]
         out.append(
@@ -106,7 +106,7 @@ def set_up(bundle: Any, objective: str) -> tuple[TrainModule, list[Any]]:
     """As training sets it: activations recomputed in the backward, the frozen tower in eval mode, one tree per
     micro-batch with its reference."""
     made = make_objective(objective, **OPTIONS[objective])
-    reader: Any = FramesReader() if bundle.geometry.side else conftest.FakeReader()
+    reader: Any = FramesReader() if bundle.geometry.side else tiny_qwen.FakeReader()
     cache, batches = FeatureCache(), []
     for tree in make_trees(bundle, single=objective == "sft"):
         packed = collate([tree])
@@ -192,7 +192,7 @@ def skip_vision(bundle: Any, ranks: Ranks) -> dict[str, Any]:
     calls: list[int] = []
     bundle.family.vision_tower(bundle.model).register_forward_hook(lambda *_: calls.append(1))
     if ranks.rank == ranks.world - 1:
-        reader, cache = conftest.FakeReader(), FeatureCache(max_bytes=0)
+        reader, cache = tiny_qwen.FakeReader(), FeatureCache(max_bytes=0)
 
         def lazily(packed: Any) -> Any:
             return lambda: cache.features(bundle.family, bundle.model, reader, packed.plans)
@@ -223,7 +223,7 @@ def fill_together(bundle: Any, ranks: Ranks, folder: Path) -> dict[str, Any]:
     from tempo_fast.reference.fill import fill
     from tempo_fast.reference.store import ReferenceStore
 
-    store, trees, reader = ReferenceStore(folder, {"reference": "tiny"}), make_trees(bundle), conftest.FakeReader()
+    store, trees, reader = ReferenceStore(folder, {"reference": "tiny"}), make_trees(bundle), tiny_qwen.FakeReader()
     budget = max(t.n_tokens for t in trees)
     report = fill(bundle, store, trees, reader, FeatureCache(), kl=True, max_tokens=budget)
     again = fill(bundle, store, trees, reader, FeatureCache(), kl=True, max_tokens=budget)
@@ -310,7 +310,7 @@ def recomputed(objective: str) -> str:
 
 def make_checkpoint(folder: Path, *, tie: bool = True) -> None:
     """The tiny model with biases that are not zero, as real ones are."""
-    bundle = conftest.make_bundle(folder, tie=tie)
+    bundle = tiny_qwen.make_bundle(folder, tie=tie)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in bundle.model.named_parameters():
@@ -329,7 +329,7 @@ def bundle_of(path: str, dtype: str, tune: str = "lora") -> Any:
     if tune == "full":
         unfreeze(bundle, head=bool(head))
         return bundle
-    bundle = conftest.add_lora(bundle)
+    bundle = tiny_qwen.add_lora(bundle)
     if head:
         bundle.family.head(bundle.model).weight.requires_grad_()
     return bundle

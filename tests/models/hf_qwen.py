@@ -104,7 +104,7 @@ def by_processor(
 
 if __name__ == "__main__":
     pixels._declare_operators()
-    import conftest
+    import tiny_qwen
     import transformers
     from safetensors.torch import save_file
 
@@ -112,7 +112,7 @@ if __name__ == "__main__":
         f"{name}.{i}.{key}": value.contiguous()
         for name in FAMILIES
         for i, case in enumerate(CASES)
-        for key, value in by_processor(name, case, conftest.make_tokenizer()).items()
+        for key, value in by_processor(name, case, tiny_qwen.make_tokenizer()).items()
     }
     save_file(found, KEPT, {"transformers": transformers.__version__, "torch": torch.__version__})
     print(f"{KEPT}: {KEPT.stat().st_size} bytes")

@@ -45,15 +45,15 @@ def messages(n_videos: int) -> list[dict[str, Any]]:
 
 
 def by_processor() -> dict[str, Tensor]:
-    import conftest
     import frame_models
+    import tiny_qwen
 
     from tempo_fast.models import get_family
 
     hf_frames = load("hf_frames", Path(__file__).parents[1] / "invariants" / "hf_frames.py")
     out: dict[str, Tensor] = {}
     for name in QWEN:
-        made = hf_qwen.by_processor(name, CASE, conftest.make_tokenizer(), messages(len(CASE)))
+        made = hf_qwen.by_processor(name, CASE, tiny_qwen.make_tokenizer(), messages(len(CASE)))
         out |= {f"{name}.ids": made["ids"], f"{name}.grids": made["grids"]}
     for name in FRAMES:
         tokenizer = frame_models.make_tokenizer(name)

@@ -6,10 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import conftest
 import frame_models
 import pytest
 import qwen_models
+import tiny_qwen
 from safetensors.torch import load_file
 
 from tempo_fast.errors import InputError
@@ -30,8 +30,8 @@ def known(name: str) -> tuple[Any, Any, Any]:
     if name in hf.FRAMES:
         tokenizer = frame_models.make_tokenizer(name)
         return get_family(name), tokenizer, frame_models.make_config(name, tokenizer)
-    tokenizer = conftest.make_tokenizer()
-    make = conftest.make_config if name == "qwen2_vl" else lambda t: qwen_models.make_config(name, t)
+    tokenizer = tiny_qwen.make_tokenizer()
+    make = tiny_qwen.make_config if name == "qwen2_vl" else lambda t: qwen_models.make_config(name, t)
     return get_family(name), tokenizer, make(tokenizer)
 
 

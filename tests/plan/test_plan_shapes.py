@@ -61,15 +61,15 @@ FRAMES = ("internvl", "llava_onevision", "llava_next_video")
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", *FRAMES])
 def test_every_family_counts_as_a_real_model(name: str) -> None:
-    import conftest
     import frame_models
     import qwen_models
+    import tiny_qwen
     import transformers
 
     from tempo_fast.models import get_family
 
-    tokenizer = frame_models.make_tokenizer(name) if name in FRAMES else conftest.make_tokenizer()
-    where: Any = conftest if name == "qwen2_vl" else frame_models if name in FRAMES else qwen_models
+    tokenizer = frame_models.make_tokenizer(name) if name in FRAMES else tiny_qwen.make_tokenizer()
+    where: Any = tiny_qwen if name == "qwen2_vl" else frame_models if name in FRAMES else qwen_models
     config = where.make_config(tokenizer) if name == "qwen2_vl" else where.make_config(name, tokenizer)
     family = get_family(config.model_type)
     model = getattr(transformers, family.model_class)(config)  # type: ignore[attr-defined]

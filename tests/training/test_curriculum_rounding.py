@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_lora, make_bundle
 from safetensors.torch import load_file
+from tiny_qwen import add_lora, make_bundle
 
 from tempo_fast.models.load import load_bundle
 from tempo_fast.training.adapters import merge_lora, save_lora

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_qwen import make_bundle
 from curricula import After, curriculum, first_row
 from safetensors.torch import load_file
+from tiny_qwen import make_bundle
 
 from tempo_fast.config import ObjectiveConfig, RunConfig
 from tempo_fast.configio import check_objective

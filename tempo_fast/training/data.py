@@ -20,7 +20,7 @@ from tempo_fast.runtime.seeds import generator
 from tempo_fast.schema import PreferenceRecord, SFTRecord
 from tempo_fast.training.item import Item
 from tempo_fast.trees.layout import build_tree
-from tempo_fast.trees.packing import check_budget, pack
+from tempo_fast.trees.packing import check_budget, deal, pack
 from tempo_fast.video.reader import FramePlan, VideoReader
 
 log = logging.getLogger("tempo_fast")
@@ -215,17 +215,14 @@ def micro_batches(
 ) -> tuple[list[list[int]], int]:
     """This rank's share of a step, packed to the token budget, and how many of its micro-batches count.
 
-    Longest first, each tree goes to the rank with the fewest tokens so far, and there into the fullest row that takes
-    it. Every rank gets the same number of micro-batches: one that would run out repeats its first (or the step's first
-    tree) at the end, to be given weight 0.
+    Ranks get about as many tokens (``deal``), which of them most changes from step to step; in a share each tree goes
+    into the fullest row that takes it, longest first. Every rank gets the same number of micro-batches: one that would
+    run out repeats its first (or the step's first tree) at the end, to be given weight 0.
     """
     lengths = {i: items[i].n_tokens for i in step}
-    shares: list[list[int]] = [[] for _ in range(world)]
-    tokens = [0] * world
-    for i in sorted(step, key=lambda i: -lengths[i]):
-        r = tokens.index(min(tokens))
-        shares[r].append(i)
-        tokens[r] += lengths[i]
+    dealt = deal([lengths[i] for i in step], world)
+    first = sum(step) % world
+    shares = [[step[k] for k in share] for share in dealt[first:] + dealt[:first]]
     rows = [
         [[share[j] for j in row] for row in pack([lengths[i] for i in share], max_tokens, ids=_ids(items, share))]
         for share in shares

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_fast.errors import InputError
-from tempo_fast.trees.packing import check_budget, pack
+from tempo_fast.trees.packing import check_budget, deal, pack
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120), st.randoms())
@@ -52,3 +52,27 @@ def test_a_record_over_the_budget_is_named() -> None:
     with pytest.raises(InputError, match="record c"):
         pack([3, 12, 40], 10, order=[0, 2], ids=["a", "b", "c"])
     check_budget([10, 10], 10)
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
+def test_shares_hold_every_item_once_and_are_alike(lengths: list[int], world: int) -> None:
+    shares = deal(lengths, world)
+    assert len(shares) == world
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    assert all([lengths[i] for i in s] == sorted((lengths[i] for i in s), reverse=True) for s in shares)
+    sums = [sum(lengths[i] for i in share) for share in shares]
+    assert max(sums) - min(sums) <= max(lengths, default=0)
+    assert shares == deal(lengths, world)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=11))
+def test_two_shares_are_close_to_the_best(lengths: list[int]) -> None:
+    sums = [sum(lengths[i] for i in share) for share in deal(lengths, 2)]
+    total = sum(lengths)
+    reachable = {0}
+    for n in lengths:
+        reachable |= {r + n for r in reachable}
+    best = min(abs(total - 2 * r) for r in reachable)
+    # M. Fischetti, S. Martello, Worst-case analysis of the differencing method for the partition problem, 1987:
+    # the larger share is at most 7/6 of the best larger share
+    assert max(sums) <= 7 / 6 * (total + best) / 2 + 1e-9

@@ -140,11 +140,12 @@ class Run:
         The result is kept in ``state/<name>.json``, which is removed while the work goes on: what a failed or stopped
         step leaves never counts as done. With several ranks all of them run a ``collective`` step; the first one runs
         the others. In both, the rest go on when its result is on disk. (A file is waited for, not a process group:
-        captions can take longer than any timeout.)
+        captions can take longer than any timeout.) A result with "again": True (left out of what is kept) is not
+        skipped by the next run: something failed that may go well another time.
         """
         path = self.out / "state" / f"{name}.json"
         key = digest([__version__, name, inputs])
-        state = read_json(path) if path.is_file() else {}
+        state = _state(path)
         if state.get("inputs") == key and all(
             (self.out / file).is_file() and (self.out / file).stat().st_size == size
             for file, size in state["outputs"].items()
@@ -165,7 +166,13 @@ class Run:
             return self._wait(path, key)
         sizes = {os.path.relpath(f, self.out): f.stat().st_size for f in outputs() if f.is_file()}
         seconds = time.perf_counter() - begin
-        write_json(path, {"inputs": key, "seconds": seconds, "outputs": sizes, "result": result})
+        done = key
+        if result.pop("again", False):
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                done = ""  # the next run looks again
+            else:  # the other ranks wait for this result, by its inputs
+                log.info("%s: some failures are worth another try: run this step again without torchrun", name)
+        write_json(path, {"inputs": done, "seconds": seconds, "outputs": sizes, "result": result})
         return result
 
     def await_shards(self, name: str, missing: Callable[[], list[str]]) -> None:
@@ -198,17 +205,26 @@ class Run:
         state: dict[str, Any] = {}
         while state.get("inputs") != key:
             time.sleep(0.5)
-            state = read_json(path) if path.is_file() else {}
+            state = _state(path)
         return state["result"]
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """A step's state, empty where there is none: another process may take the file away at any moment."""
+    try:
+        return read_json(path)
+    except InputError:
+        if path.is_file():
+            raise
+        return {}
 
 
 def summarize(run: Run) -> dict[str, Any]:
     """What ``summary.json`` holds, from the steps done so far."""
     states: dict[str, Any] = {}
     for name in ("world", *STEPS):
-        path = run.out / "state" / f"{name}.json"
-        if path.is_file():
-            states[name] = read_json(path)
+        if state := _state(run.out / "state" / f"{name}.json"):
+            states[name] = state
     results = {name: state["result"] for name, state in states.items()}
     curated, built, trained = (results.get(n, {}) for n in ("curate", "pairs", "train"))
     timings = {name: round(state["seconds"], 3) for name, state in states.items()}

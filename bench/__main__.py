@@ -14,6 +14,7 @@ NAMES = {
     "generate": "captions of videos: tokens and videos per second of the answer engines",
     "formats": "preference data through every format and back: losses, rows/s, memory, broken rows",
     "pairs": "preference pairs of videos whose events are known: shots, order, what can be told apart",
+    "uneven": "ranks that train on records as unequal as they come: tokens per rank, no hang",
     "plan": "the memory that `tempo-fast plan` predicts, beside the peak of real trainings",
     "compile": "every configuration of the Triton kernels compiled without a GPU, and what it would use",
     "tune": "which tiles of the Triton kernels are fastest on this GPU",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tempo_fast.config import LoaderConfig, LoraConfig, ObjectiveConfig, TrainConfig
 from tempo_fast.errors import InputError, Interrupted
@@ -85,8 +86,10 @@ def fresh(tiny_path: str, stage: Stage) -> Bundle:
     return bundle
 
 
-def filled(bundle: Bundle, items: list[Item], ctx: Context, root: Path, kl: bool = True) -> ReferenceStore:
-    store = ReferenceStore(root, {"reference": "tiny"})
+def filled(
+    bundle: Bundle, items: list[Item], ctx: Context, root: Path, kl: bool = True, fields: dict | None = None
+) -> ReferenceStore:
+    store = ReferenceStore(root, fields or {"reference": "tiny"})
     store.kl = kl
     fill(bundle, store, [i.tree for i in items], ctx.reader, ctx.features, kl=kl, max_tokens=4096)
     return store
@@ -123,16 +126,53 @@ def test_learns_and_reports(tmp_path: Path, tiny_path: str, items: list[Item], r
 @pytest.mark.parametrize("stop", [2, 4, 5])
 def test_resumed_equals_uninterrupted(tmp_path: Path, tiny_path: str, items: list[Item], reader, stop: int) -> None:
     _, plain = train(tmp_path / "a", tiny_path, items, reader)
+    behind = {"async_save": stop % 2 == 0}  # in the background it makes no difference
     with pytest.raises(Interrupted, match=f"after step {stop - 1} of"):
-        train(tmp_path / "b", tiny_path, items, reader, stopper=StopAt(stop))
+        train(tmp_path / "b", tiny_path, items, reader, stopper=StopAt(stop), **behind)
+    assert len(list((tmp_path / "b/train/stage1_r16").glob("checkpoint-*"))) == min(2, (stop - 1) // 2 + (stop - 1) % 2)
     # as if it had been killed: rows of steps that no checkpoint holds
     with open(tmp_path / "b/train/stage1_r16/metrics.jsonl", "a") as f:
         f.write(json.dumps({"stage_step": 99, "num_tokens": 1, "loss": 0}) + '\n{"torn')
-    _, resumed = train(tmp_path / "b", tiny_path, items, reader)
+    _, resumed = train(tmp_path / "b", tiny_path, items, reader, **behind)
     for name in ("loss", "grad_norm", "rewards/margins", "kl/chosen", "num_tokens", "learning_rate"):
         assert [r[name] for r in rows_of(plain)] == [r[name] for r in rows_of(resumed)], name
     adapters = [file_digest(f / "adapter" / "adapter_model.safetensors") for f in (plain, resumed)]
     assert adapters[0] == adapters[1]
+
+
+def test_the_state_of_a_finished_stage_is_kept_where_asked(
+    tmp_path: Path, tiny_path: str, items: list[Item], reader
+) -> None:
+    result, folder = train(tmp_path, tiny_path, items, reader, keep_stage_states=True)
+    (kept,) = folder.glob("checkpoint-*")
+    about = json.loads((kept / "trainer_state.json").read_text())
+    assert (
+        kept.name == f"checkpoint-{result['steps']}" and about["stage_step"] == about["total_steps"] == result["steps"]
+    )
+    state = torch.load(kept / "engine_rank0.pt", weights_only=True)
+    assert (
+        state["engine"]["step"] == result["steps"] and state["own"]["num_tokens"] == rows_of(folder)[-1]["num_tokens"]
+    )
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    pieces = {name: values for name, _, values in state["engine"]["pieces"]}
+    for name, weight in saved.items():  # what it holds is the adapter, and its moments
+        values = pieces["model." + name.replace(".weight", ".default.weight")]
+        assert (
+            torch.equal(values["master"].view_as(weight), weight) and values["exp_avg"].shape == values["master"].shape
+        )
+    assert len(pieces) == len(saved)  # frozen weights are left out
+
+
+def test_a_checkpoint_of_another_reference_is_refused(
+    tmp_path: Path, tiny_path: str, items: list[Item], reader
+) -> None:
+    with pytest.raises(Interrupted):
+        train(tmp_path, tiny_path, items, reader, stopper=StopAt(3))
+    ctx, stage = make_context(tmp_path / "train", reader), make_stage(tiny_path)
+    bundle = fresh(tiny_path, stage)
+    store = filled(bundle, items, ctx, tmp_path / "other", fields={"reference": "another"})
+    with pytest.raises(InputError, match="another configuration: reference_store is"):
+        run_stage(stage, ctx, bundle, items, store)
 
 
 def test_cut_of_a_step_does_not_matter(tmp_path: Path, tiny_path: str, items: list[Item], reader) -> None:

@@ -10,6 +10,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 NAMES = {
     "head": "per-token log-prob and KL of the loss head, forward and backward",
     "step": "preference training steps: trees beside rows, with and without a live reference",
+    "store": "the store of reference statistics: reading, opening, training steps, smaller forms",
     "video": "from a video file to the model's input, on every decoder, beside what other trainers use",
     "generate": "captions of videos: tokens and videos per second of the answer engines",
     "formats": "preference data through every format and back: losses, rows/s, memory, broken rows",

@@ -92,6 +92,80 @@ def test_the_text_of_an_option_is_that_option_even_inside_longer_ones(options, d
         assert text[slice(*found.span)].lower() == options[index]
 
 
+PETS = ["a dog runs", "a cat sleeps", "a bird"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Option (A) is wrong, so B", "(A) is incorrect. B", "(A) can be ruled out, leaving B",
+        "Option A is not correct", "(C) looks plausible but it is the cat", "A: wrong. B: right.",
+        "C. Looks plausible, but it is the cat",
+        "(A) isn't it", "I don't think the answer is A.", "I doubt that (A) is correct.", "The answer is A. Wait, B.",
+        "The answer is A? No, B.", "A. a dog runs is wrong", "The bird can be ruled out", "A. Then again, it is B",
+        "(A) a dog runs is what I thought, but it is a cat that sleeps", "The answer is C, though maybe the cat.",
+        "The answer is A. A cat sleeps.", "Option C cannot be it.", "'A' should be eliminated", "A bird is unlikely.",
+    ],
+)  # fmt: skip
+def test_a_right_answer_in_many_words_is_not_wrong(text):
+    """B is right, and what these name first is not what they settle on."""
+    assert is_correct(qa(answer="B", options=PETS), text) is not False
+    assert is_correct(qa(answer="a cat sleeps", options=PETS), text) is not False
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("The answer is B. (A) is wrong.", 1), ("The answer is B, not A.", 1),
+        ("The answer is B because A is wrong.", 1),
+        ("B. a cat sleeps\n\nA cat is asleep on the sofa.", 1), ("(A) can be ruled out. The answer is (C).", 2),
+        ("The correct answer is **B**, since it is not awake.", 1), ("B. A cat sleeps while a dog is near.", 1),
+    ],
+)  # fmt: skip
+def test_what_is_ruled_out_beside_a_statement_does_not_count(text, index):
+    assert choice(PETS, text).value == index
+
+
+# {x} is spoken of first, {y} last; neither form says which is right in words that settle it
+TWO = ["Option ({x}) is wrong, so {y}", "({x}) is incorrect. {y}", "({x}) can be ruled out, leaving {y}",
+       "{x}. No, {y}.",
+       "Option {x} is not correct, option {y} is", "({x}) looks good but it is {yt}", "{x}. Wait, {y}", "{x} or {y}",
+       "The answer is {x}. Actually, {y}.", "Not {x} but {y}", "({x}) is unlikely. {yt}", "({x}) ({y})", "{xt} or {yt}",
+       "The answer is {x}, but ({y}) fits too.", "({x}) {yt}", "It is not {xt}. It is {yt}.",
+       "{xt} seems wrong; ({y})",
+       "{x} rather than {y}", "({x}) isn't right, ({y})", "{xt} is unlikely, {yt}", "{x}: wrong\n{y}: right",
+      ]  # fmt: skip
+
+
+@given(st.permutations(["a dog runs", "a cat sleeps", "a bird", "two men", "blue rings"]), st.data())
+@settings(max_examples=300)
+def test_an_answer_that_names_two_options_is_wrong_only_if_both_are(options, data):
+    n = data.draw(st.integers(3, 5))
+    x, y, right = data.draw(st.permutations(range(n)))[:2] + [data.draw(st.integers(0, n - 1))]
+    names = {"x": string.ascii_uppercase[x], "y": string.ascii_uppercase[y], "xt": options[x], "yt": options[y]}
+    text = data.draw(st.sampled_from(["", "Let me see. ", "So, "])) + data.draw(st.sampled_from(TWO)).format(**names)
+    for answer in (string.ascii_uppercase[right], options[right]):
+        told = is_correct(qa(answer=answer, options=options[:n]), text)
+        assert told is not False or right not in (x, y), text
+
+
+@given(st.sampled_from("is was can|be could|be must|be seems looks".split()),
+       st.sampled_from(["not it", "wrong", "incorrect", "ruled out", "unlikely", "eliminated"]), st.integers(0, 2),
+       st.sampled_from(["({})", "Option {}", "**{}**", "'{}'"]),
+       st.sampled_from(["", ".", ", so another one is right"]))  # fmt: skip
+def test_an_option_that_is_ruled_out_is_not_the_answer(verb, out, index, form, end):
+    text = f"{form.format('ABC'[index])} {verb.replace('|', ' ')} {out}{end}"
+    assert choice(PETS, text) is None
+
+
+@given(st.sampled_from("one|can|deny doubt wonder question matter|what less|than|two other".split()),
+       st.sampled_from(["", "There is ", "The answer: "]),
+       st.sampled_from(["there is a dog", "that he runs"]))  # fmt: skip
+def test_no_before_another_word_is_not_an_answer(phrase, lead, rest):
+    text = f"{lead}No {phrase.replace('|', ' ')} {rest}."
+    assert is_correct(qa("Is it so?", "Yes."), text) is None
+
+
 @given(st.lists(st.text(max_size=12), max_size=5), st.text(max_size=60))
 @settings(max_examples=300)
 def test_any_text_is_read_without_trouble(options, text):
@@ -109,8 +183,12 @@ def test_any_text_is_read_without_trouble(options, text):
     [
         ("Yes", 1), ("no.", 0), ("No, it does not.", 0), ("Yes, not once.", 1), ("The answer is yes.", 1), ("TRUE", 1),
         ("I think so, yes.", 1), ("False", 0), ("Answer: No", 0), ("<answer>no</answer>", 0),
-        ("Yes and no.", None), ("yes or no", None), ("There is no dog.", 0), ("I see no dog.", None), ("maybe", None),
-        ("I would not say yes", None), ("", None),
+        ("Yes and no.", None), ("yes or no", None), ("There is no dog.", None), ("I see no dog.", None),
+        ("maybe", None),
+        ("I would not say yes", None), ("", None), ("No one can deny there is a dog", None), ("No it does not", 0),
+        ("There is no doubt that he runs.", None), ("No doubt.", None), ("It is true that he stays.", None),
+        ("Yes would be wrong.", None), ("No, I mean, of course, yes.", None), ("**No**, he stays", 0),
+        ("Yes, there is no dog.", 1), ("False alarm", None), ("No - he stays", 0), ("No\n\nHe stays.", 0),
     ],
 )  # fmt: skip
 def test_yes_and_no(text, value):

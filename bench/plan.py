@@ -60,6 +60,8 @@ class Case:
     zero: int | None = None
     ranks: int = 1
     offload: bool = False
+    tune: bool = False
+    """The model itself trains, in its dtype."""
     objective: str = "dpo"
     """``sft`` trains on one answer a record, with adapters on the vision tower."""
     steps: int = 2
@@ -74,6 +76,7 @@ _3M = Case("3m", 192, 512, 5, 6, 2, 2048, (3, 128, 4), (6, 12, 12), 60, 60, "ful
 _30M = Case("30m", 512, 1536, 6, 8, 2, 12000, (4, 256, 4), (8, 16, 16), 60, 80, "none")
 _150M = Case("150m", 1024, 2816, 10, 16, 4, 16000, (4, 384, 6), (6, 16, 20), 60, 100, "full")
 _WIDE = replace(_30M, policy="full", rank=256, grid=(2, 12, 12))
+_TUNE = replace(_30M, policy="full", grid=(2, 12, 12), tune=True)
 CASES = {
     case.name: case
     for case in (
@@ -94,6 +97,12 @@ CASES = {
         replace(_WIDE, name="30m-wide-zero0", zero=0, ranks=2),
         replace(_WIDE, name="30m-wide-zero2", zero=2, ranks=2),
         replace(_WIDE, name="30m-wide-zero3", zero=3, ranks=2),
+        replace(_TUNE, name="30m-tune"),
+        replace(_TUNE, name="30m-tune-bf16", dtype="bfloat16"),
+        replace(_TUNE, name="30m-tune-zero2", zero=2, ranks=2),
+        replace(_TUNE, name="30m-tune-zero3", zero=3, ranks=2),
+        replace(_TUNE, name="30m-tune-zero2-bf16", zero=2, ranks=2, dtype="bfloat16"),
+        replace(_TUNE, name="30m-tune-zero3-bf16", zero=3, ranks=2, dtype="bfloat16"),
     )
 }
 DEFAULT = ("3m-none", "3m-selective", "3m-full", "30m-none", "30m-selective", "30m-full", "150m-none", "150m-full")
@@ -104,8 +113,9 @@ DEFAULT = ("3m-none", "3m-selective", "3m-full", "30m-none", "30m-selective", "3
 
 def predict(case: Case) -> Row:
     """The plan of a case: phase, MiB and its parts."""
-    from tempo_fast.plan.memory import Load, memory, trained_elements
+    from tempo_fast.plan.memory import Load, memory
     from tempo_fast.plan.setting import buckets, setting_of
+    from tempo_fast.plan.states import trained_elements
 
     config, shape = run_config(case, Path("unused")), shape_of_case(case)
     setting = setting_of(config, cuda=False, world=case.ranks, sft=case.objective == "sft")
@@ -178,6 +188,7 @@ def run_config(case: Case, out: Path) -> Any:
         engine="torch" if case.zero is None else "deepspeed",
         zero_stage=case.zero or 0,  # type: ignore[arg-type]
         offload_optimizer=case.offload,
+        tune="full" if case.tune else "lora",
     )
     return RunConfig(
         output_dir=str(out),
@@ -257,16 +268,19 @@ def _bundle(case: Case) -> Any:
 
     from bench.steps.shapes import make_config, make_tokenizer
     from tempo_fast.models import get_family
-    from tempo_fast.models.load import Bundle
-    from tempo_fast.training.adapters import attach_lora
+    from tempo_fast.models.load import TINYWORLD_BASE, Bundle
+    from tempo_fast.training.adapters import attach_lora, unfreeze
 
     shape, tokenizer, dtype = bench_shape(case), make_tokenizer(), getattr(torch, case.dtype)
     config = make_config(shape, tokenizer)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype).requires_grad_(False)
     family, cpu = get_family(config.model_type), torch.device("cpu")
-    bundle = Bundle(model, tokenizer, family, config, family.geometry(config), cpu, dtype, f"random {case.name}")
-    attach_lora(bundle, shape.lora, seed=0, vision=case.objective == "sft")
+    bundle = Bundle(model, tokenizer, family, config, family.geometry(config), cpu, dtype, str(TINYWORLD_BASE))
+    if case.tune:
+        unfreeze(bundle)
+    else:
+        attach_lora(bundle, shape.lora, seed=0, vision=case.objective == "sft")
     return bundle
 
 

@@ -1,26 +1,12 @@
 """Memory of one rank: what stays, and the highest of the phases of a step.
 
-Bytes, with P frozen and Q trained elements, s bytes of an element, N ranks, all trained values in float32:
-
-                 weights                  gradients            optimizer (AdamW)        beside the step
-    torch        s·P + 4·Q                4·Q                  8·Q                      -
-    ZeRO-0       s·P + 4·Q                4·Q                  8·Q                      one bucket
-    ZeRO-2       s·P + 4·Q                4·Q/N + bucket       4·Q/N masters + 8·Q/N    4·Q/N, gradients made flat
-    ZeRO-3       (s·P + 4·Q)/N + live     4·Q/N + bucket       8·Q/N                    4·Q/N
-
-Under ZeRO-3 a frozen vision tower is whole on every rank, parameters below ``stage3_param_persistence_threshold`` are
-whole too, and ``live`` is what is gathered at the turn from forward to backward: DeepSpeed keeps a parameter whose next
-use is nearer than ``stage3_max_reuse_distance`` elements, so the last half of that distance, and what is prefetched.
-Where the model itself trains in bfloat16, Q weighs s in the model and 4 more as a master. Offloading moves the
-optimizer's column, and with it gradients' partitions, to the host; ``offload_param`` the partitions of the weights.
-
 The phases are: loading and filling the reference (the model whole on every rank, whatever the stage: DeepSpeed takes it
 over when the training starts), encoding videos (frozen tower), the turn from forward to backward (all that is kept, and
-the head or the last layer's backward, whichever is more), and the update. Each has what stays beneath it. A forward
-without gradients holds, in the MLP, s·(3·F + 5·D) a token.
+the head or the last layer's backward, whichever is more), the end of the backward (the first layer's, with all
+gradients), and the update. Each has what stays beneath it (``states.py``). A forward without gradients holds, in the
+MLP, s·(3·F + 5·D) a token.
 
-Sources: Rajbhandari et al., arXiv 1910.02054 (the table); DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py,
-partitioned_param_coordinator.py (what it allocates in float32 mode); ``runtime/zero.py``; ``plan/activations.py``.
+Sources: ``plan/states.py``, ``plan/activations.py``, ``trees/vision.py``, ``video/loader.py``, ``reference/fill.py``.
 """
 
 from __future__ import annotations
@@ -30,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tempo_fast.config import FeaturesConfig, LoaderConfig
-from tempo_fast.plan.activations import again, in_backward, kept
+from tempo_fast.plan.activations import again, in_backward, kept, kept_by_layer
 from tempo_fast.plan.setting import Setting
 from tempo_fast.plan.shapes import Shape, Tower
+from tempo_fast.plan.states import states, trained_elements
 
 CONTEXT_GIB = 0.6
 """Assumed: CUDA's context, cuBLAS workspaces and loaded kernels of one process."""
@@ -87,79 +74,6 @@ class Memory:
         return max([rest, *(self.host.get(name, 0.0) for name in alone)])
 
 
-def trained_elements(shape: Shape, s: Setting) -> int:
-    """Q."""
-    if s.lora:
-        return shape.text.lora(s.rank) + (shape.tower.lora(s.rank) if s.train_vision else 0)
-    head = shape.head if s.train_head and not shape.shared_head else 0
-    # a frozen head that shares the embedding holds it still
-    embedding = shape.embedding if s.train_head or not shape.shared_head else 0
-    return shape.language + head + embedding + (shape.vision if s.train_vision else 0)
-
-
-def states(shape: Shape, s: Setting, zero: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float], float]:
-    """What stays on the device and on the host, in bytes, and what the update adds. ``zero``: ``setting.buckets``."""
-    q, n, z = trained_elements(shape, s), s.world, s.size
-    frozen = shape.total - (0 if s.lora else q)
-    weight = 4 if s.lora else z  # of a trained element in the model
-    bucket = 4.0 * zero.get("reduce_bucket_size", 0)
-    device: dict[str, float] = {"weights": z * frozen + weight * q, "gradients": 4.0 * q, "optimizer": 8.0 * q}
-    host: dict[str, float] = {}
-    # AdamW's square roots: of all with CUDA's grouped operators, else of one tensor, with a quotient beside it
-    update = 4.0 * q if s.cuda else 8.0 * largest_trained(shape, s)
-    if weight < 4:
-        device["optimizer"] += 4.0 * q  # float32 masters
-    if not s.deepspeed:
-        return device, host, update
-    if s.stage == 0:
-        return device, host, max(update, 4.0 * q)
-    part = q / n
-    update = (4.0 + 8.0) * part
-    if s.stage == 2:
-        device["gradients"] = 4.0 * part
-        device["optimizer"] = (4.0 + 8.0) * part
-    else:
-        outside = 0 if s.train_vision else shape.vision
-        split = shape.total - outside - shape.small
-        trained = min(q, split + q) if s.lora else q
-        held = z * (outside + shape.small)
-        partition = (z * (split - (0 if s.lora else trained)) + weight * trained) / n
-        device["weights"] = held
-        (host if s.offload_parameters else device)["weights partition"] = partition
-        device["gathered"] = live_elements(shape, s, zero) * z + _gathered_adapters(shape, s, q)
-        device["gradients"] = 4.0 * part
-        device["optimizer"] = 8.0 * part + (4.0 * part if weight < 4 else 0.0)
-    device["buckets"] = bucket
-    if s.offload_optimizer:
-        # offloaded masters are never the weights themselves
-        masters = 4.0 * part if s.stage == 3 and weight == 4 else 0.0
-        host["gradients"], host["optimizer"] = device.pop("gradients"), device.pop("optimizer") + masters
-        update = 4.0 * part
-    return device, host, update
-
-
-def largest_trained(shape: Shape, s: Setting) -> int:
-    """Elements of the largest tensor that trains."""
-    linears = [x for t in (shape.text, *([shape.tower] if s.train_vision else [])) for x in t.linears]
-    if s.lora:
-        return max(s.rank * max(x.inputs, x.outputs) for x in linears if x.adapted)
-    return max([x.inputs * x.outputs for x in linears] + ([shape.embedding] if not shape.shared_head else []))
-
-
-def live_elements(shape: Shape, s: Setting, zero: Mapping[str, Any]) -> float:
-    """Frozen elements that ZeRO-3 holds gathered at the turn from forward to backward."""
-    partitioned = shape.language + shape.embedding + (0 if shape.shared_head else shape.head) - shape.small
-    if s.train_vision:
-        partitioned += shape.vision
-    reuse = zero.get("stage3_max_reuse_distance", 1e9) / 2 + zero.get("stage3_prefetch_bucket_size", 5e7)
-    return min(float(partitioned), min(reuse, zero.get("stage3_max_live_parameters", 1e9)))
-
-
-def _gathered_adapters(shape: Shape, s: Setting, q: int) -> float:
-    """Adapters are gathered with their layers, in float32."""
-    return 4.0 * q if s.lora else 0.0
-
-
 def memory(
     shape: Shape,
     s: Setting,
@@ -174,8 +88,8 @@ def memory(
         zero: DeepSpeed's ``zero_optimization`` section.
         features, loader: how much of features and decoded videos is kept.
     """
-    device, host, update = states(shape, s, zero)
-    resting = {**device}
+    kept_here = states(shape, s, zero)
+    resting, host = dict(kept_here.device), dict(kept_here.host)
     # gradients come as activations go: with one micro-batch they are not there yet when these are at their highest
     before = dict(resting)
     if load.micros == 1 and not (s.deepspeed and s.stage == 3):
@@ -192,9 +106,10 @@ def memory(
     phases: dict[str, dict[str, float]] = {
         "load": {**whole},
         "encode": {**before, **waiting, "activations": encoding(shape.tower, s) * load.largest_video + 2 * pixels},
-        "backward": {**before, **waiting, **turn},
-        "head": {**before, **waiting, **head},
-        "update": {**resting, **waiting, "activations": update},
+        "turn": {**before, **waiting, **turn, **kept_here.turn},
+        "head": {**before, **waiting, **head, **kept_here.turn},
+        "end": {**resting, **waiting, **end_parts(shape, s, load), **kept_here.end},
+        "update": {**resting, **waiting, "activations": kept_here.update},
     }
     if load.fill_tokens:
         phases["fill"] = {**whole, **waiting, **filling(shape, s, load)}
@@ -236,6 +151,20 @@ def turn_parts(shape: Shape, s: Setting, load: Load) -> tuple[dict[str, float], 
     saved = 4.0 * n * d * (2 if s.kl else 1)
     parts = {"activations": held + row + backward, "features of the row": visual, "loss head": saved}
     return parts, {"activations": held + row + 2 * s.size * d * t, "features of the row": visual, "loss head": walk}
+
+
+def end_parts(shape: Shape, s: Setting, load: Load) -> dict[str, float]:
+    """At the end of a backward: the first layer's, or the tower's first block's where that trains."""
+
+    def one(tower: Tower) -> float:
+        layer = again(tower, s) if s.policy != "none" else sum(kept_by_layer(tower, s).values())
+        return layer + s.size * tower.width + in_backward(tower, s)
+
+    row = load.tokens * (s.size * shape.text.width + 2 * s.size * shape.text.head_dim + 8 * 8)
+    found = one(shape.text) * load.tokens
+    if s.train_vision:
+        found = max(found, one(shape.tower) * load.patches)
+    return {"activations": row + found, "features of the row": float(load.visual * s.size * shape.feature_width)}
 
 
 def filling(shape: Shape, s: Setting, load: Load) -> dict[str, float]:

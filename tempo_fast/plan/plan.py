@@ -11,10 +11,11 @@ from typing import Any
 from tempo_fast.config import RunConfig
 from tempo_fast.plan import work
 from tempo_fast.plan.gpus import Gpu
-from tempo_fast.plan.memory import Load, Memory, generation, memory, trained_elements, with_tokens
+from tempo_fast.plan.memory import Load, Memory, generation, memory, with_tokens
 from tempo_fast.plan.record import Record, frames_of, from_pairs, with_words
 from tempo_fast.plan.setting import Setting, buckets, setting_of
 from tempo_fast.plan.shapes import Shape, load_shape
+from tempo_fast.plan.states import trained_elements
 
 HEADROOM = 0.97
 """Share of a device's memory that a run may plan to use: displays, monitors and drivers have the rest."""

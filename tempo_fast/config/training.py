@@ -104,7 +104,7 @@ class ReferenceConfig:
     """What is stored for the exact KL. ``mean_embedding``: 4 bytes a token and hidden channel, nothing left to compute.
     ``hidden``: the reference's hidden states in the model's dtype, 2 bytes in bfloat16 and as exact; a step then runs
     the vocabulary head over the answers once more. (A mean in bfloat16 would put the gradient of a KL of 1e-3 off by
-    6 %, and of smaller ones by more.)"""
+    7 %, and of smaller ones by more.)"""
 
 
 @dataclass

@@ -18,10 +18,3 @@ def network_device() -> torch.device:
         return torch.device("cpu")
     local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     return torch.device("cuda", int(local) % torch.cuda.device_count())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a batch may count on; 0 on a CPU, where larger batches gain nothing."""
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

@@ -43,13 +43,16 @@ Pool = Callable[[Iterable[Job], Shared], Generator[tuple[Job, Outcome], None, No
 @dataclass(frozen=True)
 class CurateResult:
     """How many videos are usable, filtered (they could be read but the method cannot use them) and quarantined (they
-    could not), and ``n_clips`` of the usable ones. The rows lie in ``folder``, in the order of the paths."""
+    could not), and ``n_clips`` of the usable ones. ``n_unsettled`` counts what failed for another reason than a file's
+    bytes: the next run, or one with more time, may find otherwise. The rows lie in ``folder``, in the order of the
+    paths."""
 
     folder: Path
     n_usable: int
     n_filtered: int
     n_quarantined: int
     n_clips: int
+    n_unsettled: int
 
     @property
     def clips(self) -> list[Clips]:
@@ -209,14 +212,15 @@ class CurateJob:
 
     def _work(self, files: Sequence[tuple[int, Stamp | None]]) -> Iterator[Row]:
         """A row for each file, as they are done."""
-        workers = min(self.workers, len(files))
+        workers, journals = min(self.workers, len(files)), self._opened()
         if not workers:
             return
 
         def jobs() -> Iterator[Job]:
             for i, stamp in files:
-                alike = self._alike(i, stamp)
-                yield Job(self.paths[i], stamp, alike["key"] if alike else "", i)
+                place = journals.alike(_short([self._rules, _content(stamp, self.paths[i])]))
+                known = journals.at(place)["key"] if place else ""
+                yield Job(self.paths[i], stamp, known, i, place)
 
         shared = Shared(self.config, self.backend, max(1, _cores() // workers))
         with closing((self._pool or self._isolated(workers))(jobs(), shared)) as found:
@@ -229,15 +233,18 @@ class CurateJob:
             curate_file, jobs, workers=workers, timeout=limit, shared=shared, check=self._check
         )
 
-    def _alike(self, i: int, stamp: Stamp | None) -> Row | None:
-        return self._opened().alike(_short([self._rules, _content(stamp, self.paths[i])]))
-
     def _row(self, job: Job, outcome: Outcome) -> Row:
         sample = _short([self._rules, _content(job.stamp, job.path)])
         row: Row = {"id": self._ids[job.number].hex(), "sample": sample.hex(), "video": job.path}
         if not outcome.failure:
             found = dict(outcome.value)
-            return {**((found.pop("same") and self._alike(job.number, job.stamp)) or found), **row}
+            if found.pop("same"):
+                # of the file that the job was given: by now others with these ends may have been found
+                twin = self._opened().at(job.place) if job.place else {}
+                if twin.get("key") != found["key"]:
+                    raise InputError(f"{self.out}: its journals were changed by someone else during the run")
+                found = {**twin, "failure": found["failure"]}
+            return {**found, **row}
         row |= {"key": "", "status": "quarantined", "reason": self._why(job, outcome), "failure": outcome.failure}
         return row | {"clips": None} | ({"timeout_s": self.timeout_s} if outcome.failure == "timeout" else {})
 
@@ -291,7 +298,7 @@ class CurateJob:
     def merge(self) -> CurateResult:
         """Write the three files, atomically, each row as it is read; ``clips.jsonl`` appears last."""
         journals = self._opened()
-        n = {"ok": 0, "filtered": 0, "quarantined": 0, "clips": 0}
+        n = {"ok": 0, "filtered": 0, "quarantined": 0, "clips": 0, "unsettled": 0}
 
         def write(clips: Any, filtered: Any, quarantine: Any) -> None:
             files = {"ok": clips, "filtered": filtered, "quarantined": quarantine}
@@ -303,13 +310,14 @@ class CurateJob:
                 entry = {**row["clips"], "video": path} if status == "ok" else {"video": path, "reason": row["reason"]}
                 n[status] += 1
                 n["clips"] += len(entry.get("clips", ()))
+                n["unsettled"] += bool(row["failure"])
                 files[status].write(_line(entry))
 
         clips, filtered, quarantine = (self.out / f"{name}.jsonl" for name in ("clips", "filtered", "quarantine"))
         write_atomic(
             clips, lambda a: write_atomic(filtered, lambda b: write_atomic(quarantine, lambda c: write(a, b, c)))
         )
-        return CurateResult(self.out, n["ok"], n["filtered"], n["quarantined"], n["clips"])
+        return CurateResult(self.out, n["ok"], n["filtered"], n["quarantined"], n["clips"], n["unsettled"])
 
     def _opened(self) -> Journals:
         if self._journals is None:

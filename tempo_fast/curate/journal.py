@@ -122,7 +122,7 @@ class Journals:
         if before is None or not before.final:
             self._places[name] = place
         if alike:
-            self._samples[sample] = place
+            self._samples.setdefault(sample, place)
 
     def append(self, row: Row) -> None:
         """Keep a row, whatever happens to this process or machine from now on. Raises InputError on a full disk."""
@@ -142,14 +142,14 @@ class Journals:
     def row(self, name: bytes) -> Row | None:
         """The row of a file."""
         place = self._places.get(name)
-        return None if place is None else self._read(place)
+        return None if place is None else self.at(place)
 
-    def alike(self, sample: bytes) -> Row | None:
-        """A finding about a file whose ends are the same."""
-        place = self._samples.get(sample)
-        return None if place is None else self._read(place)
+    def alike(self, sample: bytes) -> Place | None:
+        """Where the first finding about a file with these ends lies."""
+        return self._samples.get(sample)
 
-    def _read(self, place: Place) -> Row:
+    def at(self, place: Place) -> Row:
+        """The row that lies in a place."""
         file = self._files[place.file]
         if file.handle is None:
             try:

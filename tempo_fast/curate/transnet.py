@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tempo_fast.curate.device import free_bytes, network_device
+from tempo_fast.curate.device import network_device
 from tempo_fast.curate.shots import Range, scores_to_shots
 from tempo_fast.video.decode_pyav import Scale
 
 WINDOW, OVERLAP = 2000, 400
 HEIGHT, WIDTH = 27, 48
-_BYTES_PER_FRAME = 1_500_000
-"""Of the network's activations in float32 (1.3 MB measured)."""
+AT_ONCE = 4
+"""Windows that go through the network together on a GPU: 8,000 frames, whose activations take 1.3 MB each in float32.
+A fixed number, as rounding depends on it, and with it scores near the threshold. On a CPU, one."""
 
 
 def windows(n: int, size: int = WINDOW, overlap: int = OVERLAP) -> list[Range]:
@@ -43,13 +44,31 @@ def join_windows(ranges: Sequence[Range], parts: Sequence[np.ndarray]) -> np.nda
     return out
 
 
-def batches(ranges: Sequence[Range], most_frames: int) -> list[list[Range]]:
-    """Neighbouring windows of one length, of at most so many frames together; one window at least."""
+def batches(ranges: Sequence[Range], most: int) -> list[list[Range]]:
+    """Neighbouring windows of one length, at most so many together."""
     out: list[list[Range]] = []
-    for length, group in groupby(ranges, key=lambda r: r[1] - r[0]):
-        same, count = list(group), max(1, most_frames // length)
-        out += [same[at : at + count] for at in range(0, len(same), count)]
+    for _, group in groupby(ranges, key=lambda r: r[1] - r[0]):
+        same = list(group)
+        out += [same[at : at + most] for at in range(0, len(same), most)]
     return out
+
+
+def halved(score: Callable[[list[Range]], list[np.ndarray]], batch: list[Range]) -> list[np.ndarray]:
+    """Scores of a batch of windows; of its halves where it does not fit into the GPU's memory, which others share.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: one window does not fit.
+    """
+    import torch
+
+    try:
+        return score(batch)
+    except torch.cuda.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()  # outside of the handler, which holds the failed call's tensors
+    half = len(batch) // 2
+    return halved(score, batch[:half]) + halved(score, batch[half:])
 
 
 @lru_cache(maxsize=1)
@@ -101,9 +120,13 @@ class TransNetCuts:
         device = network_device()
         frames = torch.from_numpy(np.stack(self._small))
         ranges = windows(len(frames))
-        parts = []
+        parts: list[np.ndarray] = []
+
+        def score(batch: list[Range]) -> list[np.ndarray]:
+            _, more = network(torch.stack([frames[start:end] for start, end in batch]).to(device))
+            return list(torch.sigmoid(more["many_hot"]).flatten(1).float().cpu().numpy())
+
         with torch.inference_mode():
-            for batch in batches(ranges, free_bytes(device) // 2 // _BYTES_PER_FRAME):
-                _, more = network(torch.stack([frames[start:end] for start, end in batch]).to(device))
-                parts += list(torch.sigmoid(more["many_hot"]).flatten(1).float().cpu().numpy())
+            for batch in batches(ranges, AT_ONCE if device.type == "cuda" else 1):
+                parts += halved(score, batch)
         return join_windows(ranges, parts)

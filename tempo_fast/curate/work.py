@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tempo_fast.config import CurateConfig
+from tempo_fast.curate.journal import Place
 from tempo_fast.curate.sources import Stamp, stamp_of
 from tempo_fast.curate.video import Unusable, curate_video
 from tempo_fast.files import digest, to_plain
@@ -21,12 +22,13 @@ _RULES = 3  # part of every key: raise it when the same config must give other c
 
 class Job(NamedTuple):
     """A file to curate, as it was when found; ``known`` is the key of a file with the same ends, or ""; ``number``
-    is the caller's."""
+    and ``place``, where the row of that file lies, are the caller's."""
 
     path: str
     stamp: Stamp | None
     known: str = ""
     number: int = 0
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def rules_digest(config: CurateConfig, backend: str) -> str:
 def curate_file(job: Job, shared: Shared, report: Callable[[Finding], None] = lambda found: None) -> Finding:
     """Curate one file; every way in which the file, its disk or the memory is at fault becomes a finding.
 
-    A file whose bytes are those of the key ``job.known`` is not curated again: ``same`` is true then.
+    A file whose bytes are those of the key ``job.known`` is not curated again: ``same`` is true then, unless it
+    changed meanwhile.
 
     Raises:
         InputError: what is wrong with every file: a package or checkpoint that is missing.
@@ -77,5 +80,8 @@ def curate_file(job: Job, shared: Shared, report: Callable[[Finding], None] = la
     if job.stamp is None:
         found["failure"] = found["failure"] or "io"  # it may be there next time
     elif stamp_of(job.path) != job.stamp:
-        found |= {"status": "quarantined", "reason": "changed while it was read", "failure": "changed", "clips": None}
+        found |= {
+            "same": False, "status": "quarantined", "reason": "changed while it was read", "failure": "changed",
+            "clips": None,
+        }  # fmt: skip
     return found

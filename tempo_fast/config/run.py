@@ -52,6 +52,12 @@ class RunConfig:
         require(
             self.curate.min_shots <= self.curate.max_shots, "curate.min_shots", "<= max_shots", self.curate.min_shots
         )
+        require(
+            self.curate.detector != "transnetv2" or 0 < self.curate.threshold < 1,
+            "curate.threshold",
+            "in (0, 1) with detector transnetv2, as a probability (its authors' is 0.5)",
+            self.curate.threshold,
+        )
         check_pairs(p)
         # the other methods name their own kinds
         check_curriculum(t.stages, t.adaptive, t.sft, p.r, p.kinds if p.method == "temple" else None)

@@ -57,12 +57,18 @@ def curate(run: Run) -> dict[str, Any]:
             reasons = [*quarantined, *filtered]
             first = f" (first: {reasons[0]['video']}: {reasons[0]['reason']})" if reasons else ""
             raise InputError(f"data.videos: none of {len(paths)} videos is usable{first}")
+        if found.n_unsettled:
+            log.info(
+                "curate: %d videos failed for another reason than their bytes; the next run tries them again, "
+                "after a timeout if curate.timeout_s has grown", found.n_unsettled,
+            )  # fmt: skip
         return {
             "videos": len(paths),
             "usable": found.n_usable,
             "quarantined": quarantined,
             "filtered": filtered,
             "clips": found.n_clips,
+            "again": found.n_unsettled > 0,
         }
 
     outputs = [run.out / "curate" / "clips.jsonl"]

@@ -140,7 +140,7 @@ def train(
     module, batches = set_up(bundle, objective)
     before = {n: p.detach().clone() for n, p in bundle.model.named_parameters() if p.requires_grad}
     engine = make_engine(module, config, ranks)
-    lr = 1e-3 if steps == LONG or config.tune == "full" else 1e-2 if bundle.dtype == torch.float32 else 3e-3
+    lr = 1e-3 if steps == LONG or config.tune == "full" else 1e-2
     losses, norms = [], []
     for step in range(steps):
         if resume_at and step == resume_at:
@@ -308,13 +308,13 @@ def recomputed(objective: str) -> str:
     return "selective" if objective == "rrpo" else "full"
 
 
-def make_checkpoint(folder: Path, *, tie: bool = True) -> None:
-    """The tiny model with biases that are not zero, as real ones are."""
+def make_checkpoint(folder: Path, *, tie: bool = True, biases: bool = True) -> None:
+    """The tiny model, untied or not, with biases that are not zero, as real ones are, or without."""
     bundle = tiny_qwen.make_bundle(folder, tie=tie)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in bundle.model.named_parameters():
-            if name.endswith("_proj.bias"):
+            if biases and name.endswith("_proj.bias"):
                 p.copy_(torch.randn(p.shape, generator=draw) * 0.3)
     bundle.model.save_pretrained(folder)
 

@@ -13,7 +13,8 @@ A decoder layer keeps, in bytes per token:
                out, and keeps it for the gradient of A, and A's output for that of B. Without dropout in a float32 model
                nothing is copied, so layers share one input, and attention's output is kept already.
     weights    Σ s·in over distinct inputs where the model itself trains, and s·D for each norm's weight
-    inputs     the same Σ under ZeRO-3, whose linear function keeps its input whether its weight trains or not
+    inputs     the same Σ under ZeRO-3, whose linear function keeps its input whether its weight trains or not (with
+               ``selective`` torch's own runs, ``runtime/zero_config.py``)
 
 With full checkpointing a layer keeps its input, s·D, and one layer at a time has all of the above. ``selective`` also
 keeps outputs of matmuls that do not widen (q, k, v, o, down: s·(2·D + H·d + 2·K·d); of A: 4·R) and attention's
@@ -49,7 +50,7 @@ def kept_by_layer(tower: Tower, s: Setting) -> dict[str, float]:
     inputs = sum(x.inputs for x in tower.linears if _leaf(x) not in (*_SHARED, *_OF_ATTENTION))
     if s.lora:
         kept["adapters"] = sum(kept_by_adapter(x, s) for x in tower.linears if x.adapted)
-        if s.deepspeed and s.stage == 3 and (s.dropout or s.size == 2):
+        if s.deepspeed and s.stage == 3 and s.policy != "selective" and (s.dropout or s.size == 2):
             kept["inputs"] = s.size * inputs
     else:
         kept["weights"] = s.size * (inputs + 2 * d)

@@ -180,7 +180,7 @@ def zero_section(config: RunConfig, shape: Shape, s: Setting) -> dict[str, Any]:
     """What DeepSpeed is given for this layout; empty without it."""
     if not s.deepspeed:
         return {}
-    asked = config.train.deepspeed if s.stage == config.train.zero_stage else ""
+    asked = config.train.deepspeed if (s.stage, *_offloaded(s)) == (config.train.zero_stage, *offloads(config)) else ""
     train = dataclasses.replace(
         config.train, engine="deepspeed", zero_stage=s.stage,  # type: ignore[arg-type]
         offload_optimizer=s.offload_optimizer, offload_parameters=s.offload_parameters, deepspeed=asked,
@@ -188,11 +188,23 @@ def zero_section(config: RunConfig, shape: Shape, s: Setting) -> dict[str, Any]:
     return buckets(train, trained_elements(shape, s))
 
 
+def offloads(config: RunConfig) -> tuple[bool, bool]:
+    """Whether the recipe, or its DeepSpeed file, keeps the optimizer and the parameters in CPU memory."""
+    if config.train.engine != "deepspeed":
+        return False, False
+    section = buckets(config.train, 1)
+    on = [section.get(name, {}).get("device") == "cpu" for name in ("offload_optimizer", "offload_param")]
+    return on[0], on[1]
+
+
+def _offloaded(s: Setting) -> tuple[bool, bool]:
+    return s.offload_optimizer, s.offload_parameters
+
+
 def choice(config: RunConfig, shape: Shape, load: Load, s: Setting, name: str, record: Record) -> Choice:
     t = config.train
     found = memory(shape, s, load, zero_section(config, shape, s), config.features, config.loader)
-    offload = (t.offload_optimizer, t.offload_parameters) == (s.offload_optimizer, s.offload_parameters)
-    asked = offload and s.deepspeed == (t.engine == "deepspeed") and s.stage == t.zero_stage
+    asked = offloads(config) == _offloaded(s) and s.deepspeed == (t.engine == "deepspeed") and s.stage == t.zero_stage
     return Choice(name, s, found, asked, 0)
 
 

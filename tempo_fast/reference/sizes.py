@@ -68,11 +68,12 @@ def check_room(root: Path, room: Room, form: str) -> None:
     margin = int(min(_MARGIN, _MARGIN_SHARE * total))
     if room.bytes + margin <= room.free:
         return
-    half = ", set reference.keep to hidden (half of it in bfloat16)" if form == MEAN else ""
+    larger = "set reference.store to a larger disk"
+    ways = f"{larger}, or reference.keep to hidden (half of it in bfloat16)" if form == MEAN else f"or {larger}"
     raise InputError(
         f"{root}: the statistics of {room.answers:,} answers ({room.tokens:,} tokens) take {readable(room.bytes)} and"
         f" the disk has {readable(room.free)} free, of which {readable(margin)} stay free: make room (tempo-fast"
-        f" reference gc), or set reference.store to a larger disk{half}"
+        f" reference gc), {ways}"
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tempo_fast.config import GenerationConfig, JudgeConfig
-from tempo_fast.generation.base import Engine, Request, request_identity
+from tempo_fast.generation.base import Engine, RefusedRequest, Request, request_identity
 from tempo_fast.generation.cache import AnswerCache
 
-__all__ = ["AnswerCache", "Engine", "Request", "make_engine", "make_judge", "request_identity"]
+__all__ = ["AnswerCache", "Engine", "RefusedRequest", "Request", "make_engine", "make_judge", "request_identity"]
 
 
 def make_engine(config: GenerationConfig, bundle: Any, reader: Any, features: Any, seed: int) -> Engine:

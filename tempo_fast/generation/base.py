@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from tempo_fast.config import GenerationConfig
+from tempo_fast.errors import InputError
 from tempo_fast.files import digest
 
 
@@ -40,6 +41,20 @@ class Sampling(NamedTuple):
     seed: int
 
 
+class RefusedRequest(InputError):
+    """Requests that are refused for what they are, such as a prompt longer than the model takes; all others that were
+    asked with them are answered.
+
+    Attributes:
+        reasons: why, by index among the requests that were asked.
+        texts: one per request that was asked, "" where it is refused.
+    """
+
+    def __init__(self, reasons: Mapping[int, str], texts: Sequence[str]) -> None:
+        super().__init__(reasons[min(reasons)])
+        self.reasons, self.texts = dict(reasons), list(texts)
+
+
 class Engine(Protocol):
     """Answers requests. The same engine, seed and requests give the same texts."""
 
@@ -48,7 +63,8 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request], desc: str = "") -> list[str]:
         """One text per request, in order, without special tokens and outer white space. ``desc`` names a progress bar;
-        empty shows none. Raises InputError when a video cannot be read or a server cannot be reached."""
+        empty shows none. Raises InputError when a video cannot be read or a server cannot be reached, RefusedRequest
+        when nothing else is wrong."""
         ...
 
     def provenance(self) -> dict[str, Any]:

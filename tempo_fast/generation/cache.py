@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest
-from tempo_fast.generation.base import Engine, Request, request_identity
+from tempo_fast.generation.base import Engine, RefusedRequest, Request, request_identity
 from tempo_fast.runtime.progress import progress
 
 try:
@@ -78,6 +78,7 @@ class AnswerCache:
         """Texts in the order of ``requests``; equal requests are asked once.
 
         Raises:
+            RefusedRequest: some are refused; the answers to all others are kept.
             InputError: from the engine, or when the file cannot be written.
         """
         provenance = self.engine.provenance()
@@ -86,6 +87,7 @@ class AnswerCache:
         unique = dict(zip(keys, requests, strict=True))
         known = self._elsewhere(unique) if any(key not in self._texts for key in unique) else {}
         mine = [(key, request) for key, request in unique.items() if key not in known]
+        refused: dict[str, str] = {}
         bar = progress(len(unique), desc, "answer") if desc else None
         try:
             if bar is not None:
@@ -93,16 +95,26 @@ class AnswerCache:
             for i in range(0, len(mine), self.chunk):
                 part = mine[i : i + self.chunk]
                 if any(key not in self._texts for key, _ in part):
-                    texts = self.engine.generate([request for _, request in part])
+                    try:
+                        texts, reasons = self.engine.generate([request for _, request in part]), {}
+                    except RefusedRequest as e:
+                        texts, reasons = e.texts, e.reasons
                     self.asked += len(part)
+                    refused |= {part[k][0]: reason for k, reason in reasons.items()}
                     head = {"engine": identity, "seed": seed, "provenance": provenance}
-                    self._append(head, [(key, r, text) for (key, r), text in zip(part, texts, strict=True)])
+                    rows = [(key, r, text) for (key, r), text in zip(part, texts, strict=True) if key not in refused]
+                    if rows:
+                        self._append(head, rows)
                 if bar is not None:
                     bar.update(len(part))
         finally:
             if bar is not None:
                 bar.close()
-        return [known[key] if key in known else self._texts[key] for key in keys]
+        told = self._texts | known
+        if refused:
+            reasons = {k: refused[key] for k, key in enumerate(keys) if key in refused}
+            raise RefusedRequest(reasons, ["" if key in refused else told[key] for key in keys])
+        return [told[key] for key in keys]
 
     def _append(self, head: dict[str, Any], rows: Sequence[tuple[str, Request, str]]) -> None:
         lines: list[dict[str, Any]] = []

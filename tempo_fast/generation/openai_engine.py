@@ -18,7 +18,7 @@ from typing import Any
 
 from tempo_fast.config import GenerationConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation.base import Request, sampling_of, sampling_provenance
+from tempo_fast.generation.base import RefusedRequest, Request, sampling_of, sampling_provenance
 from tempo_fast.runtime.progress import progress
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ LONGEST_PAUSE = 30.0
 
 RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
+NO_ENTRY = {401, 403, 404}
+"""Refusals of everyone alike; any other 4xx is about its own request, such as 400 for one that is too long."""
+
 
 class OpenAIEngine:
     """Chat completions over HTTP, ``generation.batch_size`` requests in flight at most.
@@ -39,22 +42,22 @@ class OpenAIEngine:
     adapter, among those that ``/models`` lists; the first one where it is empty. A server that lists none is asked for
     the name as it stands. A key in the environment variable OPENAI_API_KEY is sent as bearer token. Server errors (5xx,
     408, 409, 425, 429) and broken connections are tried again, ``generation.attempts`` times in all, waiting
-    ``backoff`` seconds doubled each time up to LONGEST_PAUSE, or what Retry-After says. A signal, or a request that
-    fails for good, ends ``generate`` at once: answers still in flight are not waited for.
+    ``backoff`` seconds doubled each time up to LONGEST_PAUSE, or what Retry-After says. A signal, or a failure
+    for good, ends ``generate`` at once: answers still in flight are not waited for. A request that is refused for what
+    it is (4xx) leaves the others alone.
 
     Args:
         reader: video.reader.VideoReader; None for requests of words alone.
         backoff: seconds before the second try.
 
     Raises:
-        InputError: the endpoint cannot be reached, lists no model or not this one, or refuses the request.
+        InputError: the endpoint cannot be reached, lists no model or not this one, or answers in another form.
     """
 
     def __init__(self, config: GenerationConfig, reader: Any, seed: int, *, backoff: float = 0.5) -> None:
         self.config, self.reader, self.seed, self.backoff = config, reader, seed, backoff
         self.base = config.endpoint.rstrip("/")
-        models = self._call("/models", None).get("data") or []
-        served = {str(m["id"]): m for m in models}
+        served = self._served()
         if not served and not config.model:
             raise InputError(f"generation.endpoint: {self.base} lists no model; name one in generation.model")
         if served and config.model and config.model not in served:
@@ -68,6 +71,16 @@ class OpenAIEngine:
         if len(served) > 1 and not config.model:
             log.info("%s serves %d models; %s is asked", self.base, len(served), self.model)
 
+    def _served(self) -> dict[str, dict[str, Any]]:
+        """The models that the endpoint lists, by name."""
+        reply = self._call("/models", None)
+        models = (reply.get("data") or []) if isinstance(reply, dict) else None
+        if not isinstance(models, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("id"), str) for m in models
+        ):
+            raise InputError(f"generation.endpoint: {self.base}/models answered without a list of data[].id")
+        return {m["id"]: m for m in models}
+
     def provenance(self) -> dict[str, Any]:
         """Engine, the served model's name and sampling parameters."""
         return {"engine": "openai", "model": self.model, **sampling_provenance(self.config, self.seed)}
@@ -75,7 +88,8 @@ class OpenAIEngine:
     def generate(self, requests: Sequence[Request], desc: str = "") -> list[str]:
         """See base.Engine."""
         bar = progress(len(requests), desc, "answer") if desc else None
-        texts = []
+        texts: list[str] = []
+        reasons: dict[int, str] = {}
         futures: list[Future[str]] = [Future() for _ in requests]
         work = iter(zip(requests, futures, strict=True))
         stop, lock = threading.Event(), threading.Lock()
@@ -97,7 +111,11 @@ class OpenAIEngine:
             for thread in threads:
                 thread.start()
             for future in futures:
-                texts.append(future.result())
+                try:
+                    texts.append(future.result())
+                except RefusedRequest as e:
+                    reasons[len(texts)] = str(e)
+                    texts.append("")
                 if bar is not None:
                     bar.update(1)
         finally:
@@ -105,6 +123,8 @@ class OpenAIEngine:
             _join(threads, GRACE)
             if bar is not None:
                 bar.close()
+        if reasons:
+            raise RefusedRequest(reasons, texts)
         return texts
 
     def _answer(self, request: Request, stop: threading.Event) -> str:
@@ -124,9 +144,13 @@ class OpenAIEngine:
             body |= {"top_k": -1, "min_p": 0.0}
         reply = self._call("/chat/completions", body, stop)
         try:
-            return str(reply["choices"][0]["message"]["content"] or "").strip()
-        except (KeyError, IndexError, TypeError) as e:
-            raise InputError(f"generation.endpoint: {self.base} answered without choices[0].message.content") from e
+            text = reply["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            text = ()
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"generation.endpoint: {self.base} answered without choices[0].message.content")
+        # half a surrogate pair is no text that a file can hold
+        return (text or "").encode(errors="replace").decode().strip()
 
     def _messages(self, request: Request) -> list[dict[str, Any]]:
         """The turns; words alone as a string, which every server reads."""
@@ -153,14 +177,19 @@ class OpenAIEngine:
                 with urllib.request.urlopen(call, timeout=self.config.timeout_s) as response:  # noqa: S310 - the user's own URL
                     return json.loads(response.read())
             except urllib.error.HTTPError as e:
-                reason = f"HTTP {e.code}: {e.read(300).decode(errors='replace').strip() or e.reason}"
+                said = " ".join(e.read(300).decode(errors="replace").split())
+                reason = f"HTTP {e.code}: {said or e.reason}"
                 if e.code not in RETRY_STATUS:
-                    raise InputError(f"generation.endpoint: {self.base}{path} refuses ({reason})") from e
+                    told = f"generation.endpoint: {self.base}{path} refuses ({reason})"
+                    own = body is not None and 400 <= e.code < 500 and e.code not in NO_ENTRY
+                    raise (RefusedRequest({0: told}, [""]) if own else InputError(told)) from e
                 wait = max(wait, _seconds(e.headers.get("Retry-After")))
             except (
                 OSError,
                 http.client.HTTPException,
                 json.JSONDecodeError,
+                UnicodeDecodeError,
+                RecursionError,
             ) as e:  # refused, reset, timed out, cut off
                 reason = str(getattr(e, "reason", e)) or type(e).__name__
             except ValueError as e:

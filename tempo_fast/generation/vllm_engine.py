@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 from tempo_fast.config import GenerationConfig
 from tempo_fast.errors import InputError
 from tempo_fast.generation.adapters import FILES, rank_of, refuse_adapters, saved_digest
-from tempo_fast.generation.base import Request, sampling_of, sampling_provenance
+from tempo_fast.generation.base import RefusedRequest, Request, sampling_of, sampling_provenance
 from tempo_fast.models.load import Bundle
 
 # most videos of one prompt: the two clips of a caption window
 MAX_VIDEOS = 2
 # what vLLM knows (vllm-project/vllm 0.32.0: vllm/config/lora.py, MaxLoRARanks)
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# a prompt, or a video in it, that is too long (vllm/v1/engine/input_processor.py, vllm/renderers/params.py)
+_TOO_LONG = re.compile(r"maximum model length|maximum context length|pre-allocated encoder cache", re.IGNORECASE)
 
 
 class VLLMEngine:
@@ -101,8 +104,25 @@ class VLLMEngine:
                     stop_token_ids=stops,
                 )
             )
-        outputs = self.llm.generate(inputs, parameters, use_tqdm=bool(desc), lora_request=self._lora)
-        return [o.outputs[0].text.strip() for o in outputs]
+        texts, reasons = self._answers(inputs, parameters, bool(desc))
+        if reasons:
+            raise RefusedRequest(reasons, texts)
+        return texts
+
+    def _answers(self, inputs: list[Any], parameters: list[Any], bar: bool) -> tuple[list[str], dict[int, str]]:
+        """Texts, and why requests are refused. vLLM refuses all for one and does not say which: halves are asked."""
+        try:
+            outputs = self.llm.generate(inputs, parameters, use_tqdm=bar, lora_request=self._lora)
+        except ValueError as e:
+            if not _TOO_LONG.search(str(e)):
+                raise
+            if len(inputs) == 1:
+                return [""], {0: f"generation.engine: vllm refuses ({' '.join(str(e).split())})"}
+            half = len(inputs) // 2
+            texts, reasons = self._answers(inputs[:half], parameters[:half], bar)
+            more, why = self._answers(inputs[half:], parameters[half:], bar)
+            return texts + more, reasons | {half + k: reason for k, reason in why.items()}
+        return [o.outputs[0].text.strip() for o in outputs], {}
 
     def _input(self, request: Request) -> dict[str, Any]:
         if len(request.plans) > MAX_VIDEOS:

@@ -13,6 +13,7 @@ from tempo_fast.config import PairsConfig
 from tempo_fast.errors import InputError
 from tempo_fast.generation import Request
 from tempo_fast.pairs.aggregate import clean_caption
+from tempo_fast.pairs.asking import ask_by_video
 from tempo_fast.pairs.method import Ask
 from tempo_fast.prompts import CLIP_PROMPT, WINDOW_PROMPT
 from tempo_fast.schema import Clips
@@ -59,23 +60,8 @@ class Captioner:
     def ask(
         self, videos: Sequence[Clips], groups: Sequence[Sequence[Request] | None], desc: str
     ) -> list[list[str] | None]:
-        """Answers per group of requests. When a video breaks, the others go on and it is put down as failed."""
-        try:
-            texts = iter(self._put([r for group in groups if group for r in group], desc))
-            return [None if group is None else [next(texts) for _ in group] for group in groups]
-        except InputError as e:
-            if not any(v.video in str(e) for v in videos):
-                raise  # the engine's own trouble, not a video's
-        out: list[list[str] | None] = []
-        for one, group in zip(videos, groups, strict=True):
-            try:
-                out.append(None if group is None or self.is_failed(one) else self._put(group, ""))
-            except InputError as e:
-                if one.video not in str(e):
-                    raise
-                self.fail(one, str(e))
-                out.append(None)
-        return out
+        """asking.ask_by_video about these videos."""
+        return ask_by_video(self._put, [v.video for v in videos], groups, desc, self.failed)
 
     def _requests(self, clips: Clips, order: Sequence[int]) -> list[Request] | None:
         if self.is_failed(clips):

@@ -8,8 +8,8 @@ corruption, hence an easy pair. ``KINDS`` make preference pairs, as coded by the
 - ``shuffle`` and ``reverse`` cut the sequence into consecutive groups of g units and permute, or reverse, the groups.
 
 ``EDITS`` keep the length: n units are shown. The first three are after RRPO (arXiv 2504.12083), which masks 25 to 50 %
-of what is seen and shuffles frames (its code is not released; a figure of its authors covers a part of every frame, here
-whole units go blank); how r enters is this project's:
+of what is seen and shuffles frames (its code is not released; a figure of its authors covers a part of every frame,
+here whole units go blank); how r enters is this project's:
 
 - ``mask`` blanks k units, k drawn uniformly from the whole numbers in [n/4, n/2]: the groups of ``shuffle`` go blank in
   random order until k units are, the last group in part. At g = 1 these are k single units;

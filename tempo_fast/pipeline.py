@@ -19,10 +19,19 @@ from tempo_fast.config import RunConfig
 from tempo_fast.config.curriculum import needed_r
 from tempo_fast.errors import InputError, Interrupted
 from tempo_fast.files import digest, file_digest, read_json, to_plain, write_json
-from tempo_fast.jobs import check_questions, made_by, pair_items, pair_source, pairs_job
+from tempo_fast.jobs import check_questions, made_by, pair_inputs, pair_items, pairs_job
 from tempo_fast.runs import SHARED, STEPS, Run, Unfinished, summarize
 from tempo_fast.runtime.shards import this_shard
-from tempo_fast.schema import Clips, PreferenceRecord, Question, SFTRecord, Truth, read_records, resolve_videos
+from tempo_fast.schema import (
+    Clips,
+    PreferenceRecord,
+    Question,
+    SFTRecord,
+    Truth,
+    iter_records,
+    read_records,
+    resolve_videos,
+)
 
 log = logging.getLogger("tempo_fast")
 
@@ -79,18 +88,17 @@ def curate(run: Run) -> dict[str, Any]:
 def pairs(run: Run) -> dict[str, Any]:
     """Videos to preference pairs: ``pairs/r<r>.jsonl`` and ``pairs/audit.json``. Every process makes its share."""
     config, folder = run.config, run.out / "pairs"
-    source = pair_source(run)
     files = [folder / f"r{r}.jsonl" for r in config.pairs.r]
     inputs = [
         config.pairs, config.generation, config.judge, config.video, config.seed, config.model.dtype, run.model_digest,
-        file_digest(source), _digest_of(run.data.prompts),
+        *pair_inputs(run), _digest_of(run.data.prompts),
     ]  # fmt: skip
 
     def work() -> dict[str, Any]:
         from tempo_fast.report.pairs_page import build_pairs_page
 
-        foreign = [f for f in files if f.is_file()]
-        if foreign and not (folder / "parts").is_dir():
+        foreign = [f for f in files if f.is_file() and not _made_here(f)]
+        if foreign:
             raise InputError(
                 f"{foreign[0]}: was not made by this step and would be overwritten; "
                 "train on it with 'tempo-fast train', or move it away"
@@ -108,6 +116,15 @@ def pairs(run: Run) -> dict[str, Any]:
         }
 
     return run.step("pairs", inputs, work, outputs=lambda: [*files, folder / "audit.json"], collective=True)
+
+
+def _made_here(path: Path) -> bool:
+    """Whether records were made by the pairs step (or there are none): others' are not to be overwritten."""
+    try:
+        first = next(iter(iter_records(path, PreferenceRecord)), None)
+    except InputError:
+        return False
+    return first is None or "method" in first.provenance
 
 
 def _here(run: Run) -> Any:

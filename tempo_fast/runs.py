@@ -111,6 +111,9 @@ class Run:
         from tempo_fast.tinyworld.generate import generate_world
 
         world, size = self.out / "world", data.tinyworld
+        made = _state(self.out / "state" / "world.json")
+        if not made and this_shard().count > int(os.environ.get("WORLD_SIZE", "1")):
+            raise InputError("data.videos: one process generates tinyworld; run the command once without the array")
 
         def work() -> dict[str, Any]:
             bar = lambda jobs: progress(jobs, desc="world", unit="video")  # noqa: E731

@@ -188,6 +188,8 @@ def check_pairs(p: PairsConfig) -> None:
     require(most.samples >= 2, "pairs.mdpo.samples", "2 or more", most.samples)
     require(0 <= most.min_gap <= 100, "pairs.mdpo.min_gap", "in 0..100", most.min_gap)
     require(select.samples == 0 or select.samples >= 2, "pairs.select.samples", "0, or 2 or more", select.samples)
+    asks = not select.samples or p.method != "temple"
+    require(asks, "pairs.select.samples", "0 for method temple, which asks no questions", select.samples)
     require(select.min_std >= 0, "pairs.select.min_std", "0 or more", select.min_std)
     for key, value in (
         ("pairs.leanpo.temperature", lean.temperature), ("pairs.mdpo.temperature", most.temperature),

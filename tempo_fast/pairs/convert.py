@@ -126,6 +126,13 @@ class _Tally:
 
 def convert_command(source: str, out: str, options: ConvertOptions) -> None:
     """``tempo-fast pairs convert``: convert, and say on stdout what was done and how to use it."""
+    places = {"OUT": Path(out), "--problems": options.problems, "IN": Path(source)}
+    seen: dict[Path, str] = {}
+    for name, path in places.items():
+        if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
+            raise InputError(f"pairs convert: {name} and {other} are the same file, {path}")
+    if options.r < 0:
+        raise InputError(f"pairs convert: --r must be 0 or more, got {options.r}")
     done = convert(source, out, options)
     print(f"{done.out}: {done} (from {done.source})")
     if options.write_as == "llama-factory":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tempo_fast.curate.sources import stamp_of
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest
 from tempo_fast.pairs.method import Item
 from tempo_fast.schema import Clips, QARecord, read_records, resolve_videos
-from tempo_fast.video.probe import content_digest
+
+_LOOKERS = 16
 
 
 def clip_items(path: Path) -> list[Item]:
@@ -16,9 +19,8 @@ def clip_items(path: Path) -> list[Item]:
     return [Item(c.video, c.digest, clips=c) for c in sorted(read_records(path, Clips), key=lambda c: c.video)]
 
 
-def question_items(path: Path) -> list[Item]:
-    """JSON lines of QARecord by video, in the order of the videos' paths; paths are relative to the file. A video that
-    cannot be read is an item all the same: the method that asks about it puts it down as failed.
+def read_questions(path: Path) -> list[QARecord]:
+    """JSON lines of QARecord; paths of videos are relative to the file.
 
     Raises:
         InputError: a wrong row, no row, two questions of one id.
@@ -32,14 +34,23 @@ def question_items(path: Path) -> list[Item]:
             raise InputError(f"{path}: two questions have the id {q.id!r}")
         ids.add(q.id)
     resolve_videos(questions, path.parent)
+    return questions
+
+
+def question_items(path: Path) -> list[Item]:
+    """The questions of a file by video, in the order of the videos' paths.
+
+    A video is dealt by its size and both ends: reading all of every file, in every process, would cost more than what
+    follows. One that cannot be read is an item all the same: the method that asks about it puts it down as failed.
+    """
     asked: dict[str, list[QARecord]] = {}
-    for q in questions:
+    for q in read_questions(path):
         asked.setdefault(q.video, []).append(q)
-    return [Item(video, _digest(video), questions=tuple(asked[video])) for video in sorted(asked)]
-
-
-def _digest(video: str) -> str:
-    try:
-        return content_digest(video)
-    except InputError:
-        return digest(["unreadable", video])
+    videos = sorted(asked)
+    with ThreadPoolExecutor(_LOOKERS) as pool:  # a shared disk answers many at once
+        stamps = list(pool.map(stamp_of, videos))
+    out = []
+    for video, stamp in zip(videos, stamps, strict=True):
+        known = (stamp.sample, f"{stamp.size}-{stamp.mtime_ns}") if stamp else (digest(["unreadable", video]), "")
+        out.append(Item(video, *known, questions=tuple(asked[video])))
+    return out

@@ -24,10 +24,12 @@ once."""
 
 @dataclass(frozen=True)
 class Item:
-    """One video: ``digest`` of its content, its ``clips`` (TEMPLE), what is asked about it (the other methods)."""
+    """One video: ``digest`` of its content or, with ``version``, of a sample of it, ``version`` then being another for
+    other bytes; its ``clips`` (TEMPLE), what is asked about it (the other methods)."""
 
     video: str
     digest: str
+    version: str = ""
     clips: Clips | None = None
     questions: Sequence[QARecord] = ()
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tempo_fast.errors import InputError
@@ -46,10 +47,16 @@ def metric_of(name: str, key: str, references: Sequence[str] = ()) -> Metric:
         meteor = _meteor(name, key)
         return (lambda answer, qa: meteor(qa.answer, answer)) if name == "meteor" else _soda_c(meteor)
     if name == "cider_d":
-        return CiderD(references, key)
+        return _cider_d(tuple(references), key)
     if ":" not in name:
         raise InputError(f"config: {key} must be one of {', '.join(METRICS)}, or module:function, got {name!r}")
     return _plugin(name, key)
+
+
+@lru_cache(maxsize=2)
+def _cider_d(references: tuple[str, ...], key: str) -> CiderD:
+    """Counting the words of all references takes long, and every bucket asks for it."""
+    return CiderD(references, key)
 
 
 def _plugin(name: str, key: str) -> Metric:

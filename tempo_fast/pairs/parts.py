@@ -76,6 +76,8 @@ class Parts:
     out: Path
     settings: str
     buckets: list[Bucket] = field(init=False)
+    _keys: dict[int, str] = field(init=False, default_factory=dict)
+    _left: list[Bucket] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.items = list(self.items)[: self.config.max_videos or None]
@@ -117,11 +119,15 @@ class Parts:
         write_atomic(self.path(bucket), write)
 
     def _key(self, bucket: Bucket) -> str:
-        return digest([self.settings, [[i.video, i.digest, i.clips, i.questions] for i in bucket.items]])
+        if bucket.number not in self._keys:
+            made_of = [[i.video, i.digest, i.version, i.clips, i.questions] for i in bucket.items]
+            self._keys[bucket.number] = digest([self.settings, made_of])
+        return self._keys[bucket.number]
 
     def missing(self) -> list[Bucket]:
-        """Buckets that are not done."""
-        return [b for b in self.buckets if not self.is_done(b)]
+        """Buckets that are not done; one that was done once is not looked at again."""
+        self._left = [b for b in (self.buckets if self._left is None else self._left) if not self.is_done(b)]
+        return self._left
 
     def merge(self) -> dict[str, Any]:
         """Write ``r<r>.jsonl`` (empty where nothing is left) and ``audit.json`` from the finished buckets.

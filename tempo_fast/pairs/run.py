@@ -86,9 +86,8 @@ class PairsJob:
         self.provenance = {"engine": self.engine.provenance(), **made}
         if self.judge is not None:
             self.provenance["judge"] = self.judge.provenance()
-        # the page for a reader's eyes changes no record
-        told = [replace(c, max_videos=0, bucket_videos=1, audit_pairs=0), self.provenance, self.reader.settings]
-        self.references = [q.answer for item in self.items for q in item.questions]
+        told = [_own_settings(c), self.provenance, self.reader.settings]
+        self.references = tuple(q.answer for item in self.items for q in item.questions)
         scored = {"mdpo": c.mdpo.metric, "leanpo": c.leanpo.metric}.get(c.method, "")
         if "cider_d" in (scored, c.select.metric if c.select.samples else ""):
             told.append(self.references)  # its document frequencies are of all of them
@@ -144,6 +143,15 @@ class PairsJob:
         finally:
             if bar is not None:
                 bar.close()
+
+
+def _own_settings(config: PairsConfig) -> PairsConfig:
+    """What decides records: not the page for a reader's eyes, nor the sections of other methods."""
+    plain = PairsConfig()
+    others: dict[str, Any] = {k: getattr(plain, k) for k in ("rrpo", "leanpo", "mdpo") if k != config.method}
+    if not config.select.samples or config.method == "temple":
+        others["select"] = plain.select
+    return replace(config, max_videos=0, bucket_videos=1, audit_pairs=0, **others)
 
 
 def make_pairs(

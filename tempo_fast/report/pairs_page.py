@@ -90,6 +90,8 @@ class _Found:
         except (InputError, TypeError, ValueError) as e:
             self.notes.append(str(e))
         files = {int(p.stem[1:]): p for p in folder.glob("r*.jsonl") if p.stem[1:].isdecimal()}
+        if listed := self.audit.get("files"):  # files of earlier settings may lie beside them
+            files = {r: p for r, p in files.items() if p.name in listed}
         self.drawn: dict[int, list[Pair]] = {}
         for r in sorted(files, reverse=True) if most > 0 else ():
             self.drawn[r] = draw_pairs(self._rows(files[r], PreferenceRecord), most, seed)

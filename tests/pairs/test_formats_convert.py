@@ -14,7 +14,7 @@ import pytest
 from bench.formats import content, quiet, random_records
 from tempo_fast import cli
 from tempo_fast.errors import InputError
-from tempo_fast.pairs.convert import ConvertOptions, convert
+from tempo_fast.pairs.convert import ConvertOptions, convert, convert_command
 from tempo_fast.pairs.formats import FORMATS, iter_pairs, read_pairs, write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,3 +139,15 @@ def test_stopped_in_the_middle(tmp_path, stop, code, name):
         process.kill()
     assert said[1] == code
     assert list(write.parent.iterdir()) == []
+
+
+def test_a_file_is_not_its_own_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"id": "x"}\n')
+    for out, problems in (("a.jsonl", None), ("./a.jsonl", None), ("b.jsonl", "b.jsonl"), ("b.jsonl", "a.jsonl")):
+        options = ConvertOptions(problems=Path(problems) if problems else None)
+        with pytest.raises(InputError, match="are the same file"):
+            convert_command("a.jsonl", out, options)
+    with pytest.raises(InputError, match="--r must be 0 or more"):
+        convert_command("a.jsonl", "b.jsonl", ConvertOptions(r=-3))
+    assert Path("a.jsonl").read_text() == '{"id": "x"}\n'

@@ -22,7 +22,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.files import digest, file_digest
 from tempo_fast.pairs.method import Item
 from tempo_fast.pairs.parts import Bucket, make_buckets
-from tempo_fast.pairs.run import PairsJob
+from tempo_fast.pairs.run import PairsJob, make_pairs
 from tempo_fast.runtime.shards import Shard
 from tempo_fast.schema import PreferenceRecord, read_records
 
@@ -153,7 +153,7 @@ sys.path[:0] = [{tests!r}]
 from dataclasses import replace
 import scripted_pairs as s
 from tempo_fast.generation import cache
-from tempo_fast.pairs.run import PairsJob
+from tempo_fast.pairs.run import PairsJob, make_pairs
 from tempo_fast.runtime.shards import Shard
 
 class Slow(s.Scripted):
@@ -216,3 +216,21 @@ def test_two_processes_one_killed(tmp_path):
     assert result(tmp_path / "two") == result(tmp_path / "whole")
     audit = json.loads((tmp_path / "two" / "audit.json").read_text())
     assert audit["records"]["4"] == len(read_records(tmp_path / "two" / "r4.jsonl", PreferenceRecord)) == 12
+
+
+def test_sections_of_other_methods_change_nothing(tmp_path):
+    pairs_of(MANY[:4], Scripted(), SMALL, tmp_path)
+    other = replace(SMALL, mdpo=replace(SMALL.mdpo, samples=7), audit_pairs=3, rrpo=replace(SMALL.rrpo, chosen="model"))
+    assert job(tmp_path, MANY[:4], other).parts.missing() == []
+    assert job(tmp_path, MANY[:4], replace(SMALL, max_length_ratio=2.0)).parts.missing() != []
+
+
+def test_other_bytes_of_a_video_are_another_version(tmp_path):
+    """A question's video is known by its ends; its time and size say when the rest is another."""
+    items = [replace(i, version="10-1") for i in items_of(MANY[:3])]
+    make_pairs(items, Scripted(), ClipReader(), SMALL, tmp_path)
+    asked = PairsJob(items, SMALL, tmp_path, Scripted(), ClipReader())
+    assert asked.parts.missing() == []
+    changed = PairsJob([replace(items[0], version="10-2"), *items[1:]], SMALL, tmp_path, Scripted(), ClipReader())
+    [bucket] = changed.parts.missing()
+    assert items[0].video in {i.video for i in bucket.items}

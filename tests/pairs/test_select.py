@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_questions import Talker, context, items
 
-from tempo_fast.config import PairsConfig, RunConfig, SelectConfig
+from tempo_fast.config import PairsConfig, RunConfig, SelectConfig, StageConfig, TrainConfig
 from tempo_fast.errors import InputError
 from tempo_fast.pairs.select import draw_samples, select
 
@@ -25,8 +25,11 @@ def told(monkeypatch):
     monkeypatch.setitem(sys.modules, "told", module)
 
 
+STAGES = TrainConfig(stages=[StageConfig(r=4)])
+
+
 def config(**how):
-    return PairsConfig(select=SelectConfig(**{"samples": 4, "metric": "told:points", **how}))
+    return PairsConfig(method="mdpo", r=[4], select=SelectConfig(**{"samples": 4, "metric": "told:points", **how}))
 
 
 def script(points):
@@ -122,7 +125,7 @@ def test_samples_keep_their_order():
 def test_a_wrong_metric_names_its_key():
     with pytest.raises(InputError, match=r"config: pairs\.select\.metric must be one of"):
         select(items("a.mp4"), context(config(metric="bleu")))
-    RunConfig(pairs=config(samples=2)).validate()
+    RunConfig(pairs=config(samples=2), train=STAGES).validate()
     for change, key in (({"samples": 1}, "samples"), ({"min_std": -1.0}, "min_std"), ({"temperature": 0.0}, "temp")):
         with pytest.raises(InputError, match=rf"pairs\.select\.{key}"):
-            RunConfig(pairs=config(**change)).validate()
+            RunConfig(pairs=config(**change), train=STAGES).validate()

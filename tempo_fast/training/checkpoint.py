@@ -196,7 +196,7 @@ class Checkpoints:
             world = len(files)
             if world != self.ranks.world:
                 log.info(
-                    "%s: written at world size %d, goes on at %d: losses are equal up to rounding, dropout's draws differ",
+                    "%s: written at world size %d, goes on at %d: losses equal up to rounding, dropout's draws differ",
                     folder, world, self.ranks.world,
                 )  # fmt: skip
             first = self.ranks.rank % world

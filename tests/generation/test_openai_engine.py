@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 
@@ -18,12 +19,13 @@ import torch
 
 from tempo_fast.config import GenerationConfig, JudgeConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation import Request, make_judge, openai_engine
+from tempo_fast.generation import AnswerCache, RefusedRequest, Request, make_judge, openai_engine
 from tempo_fast.generation.openai_engine import OpenAIEngine
 
 # Answers with the number of images and the words it got. A prompt "fail K CODE" fails K times, "drop" hangs up once.
 SERVER = r"""
 import json, sys, threading
+from urllib.parse import unquote
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 seen, lock, bodies, running, most = {}, threading.Lock(), [], 0, 0
@@ -41,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models": self.reply(200, {"data": [{"id": "tiny-served"}, {"id": "other"}]})
         elif self.path == "/vllm/models": self.reply(200, {"data": [{"id": "v", "owned_by": "vllm"}]})
+        elif self.path.startswith("/shape"): self.reply(200, json.loads(unquote(self.path.split("/")[2])))
         elif self.path == "/empty/models": self.reply(200, {"data": []})
         elif self.path == "/log": self.reply(200, {"bodies": bodies, "seen": seen, "most": most})
         else: self.reply(404, {"error": "no such page"})
@@ -72,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices": [')
             self.close_connection = True
             return
+        if words[0] == "shape": return self.reply(200, json.loads(text[6:]))
         if words[0] == "odd": return self.reply(200, {"choices": []})
         images = sum(p["type"] == "image_url" for p in content)
         self.reply(200, {"choices": [{"message": {"content": f" {images} images: {text}\n"}}]})
@@ -180,6 +184,59 @@ def test_gives_up_with_one_sentence(server):
         engine_of(server, "/empty")
     with pytest.raises(InputError, match="refuses.*404"):
         engine_of(server, "/nowhere")
+
+
+@pytest.mark.parametrize(
+    "reply", ["[]", '"hi"', "3", '{"data": ["x"]}', '{"data": [{"name": "x"}]}', '{"data": {"id": "x"}}', '{"data": [[]]}',
+              '{"data": "x"}', '{"data": [{"id": 3}]}', '{"data": [{"id": "x"}, null]}'],
+)  # fmt: skip
+def test_lists_of_models_in_another_form(server, reply):
+    with pytest.raises(
+        InputError, match=r"generation\.endpoint: http.*/models answered without a list of data\[\]\.id$"
+    ):
+        engine_of(server, f"/shape/{urllib.parse.quote(reply, safe='')}")
+
+
+@pytest.mark.parametrize(
+    "reply", ["[]", '"hi"', "3", "null", '{"choices": null}', '{"choices": {"0": 1}}', '{"choices": ["x"]}', "{}",
+              '{"choices": [{"message": "x"}]}', '{"choices": [{"message": {"content": [{"text": "x"}]}}]}',
+              '{"choices": [{"message": {"content": 3}}]}', '{"choices": [{"message": {"content": {}}}]}', '{"a": []}'],
+)  # fmt: skip
+def test_completions_in_another_form(server, reply):
+    with pytest.raises(InputError, match=r"answered without choices\[0\]\.message\.content$"):
+        engine_of(server).generate([Request((), f"shape {reply}")])
+
+
+def test_completions_without_words(server):
+    texts = ['{"choices": [{"message": {"content": null}}]}', r'{"choices": [{"message": {"content": " \ud83d x"}}]}']
+    assert engine_of(server).generate([Request((), f"shape {t}") for t in texts]) == ["", "? x"]
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_request_that_is_refused_leaves_the_others(server, tmp_path, code):
+    """Every run ends the same: the refused one is asked each time, the others once."""
+    prompts = [f"fine {code} {i}" for i in range(7)]
+    prompts[2:2], prompts[5:5] = [f"fail 99 {code} a"], [f"fail 99 {code} b"]
+    engine = engine_of(server, batch_size=3)
+    files = []
+    for chunk in (4, 100, 100):
+        with AnswerCache(tmp_path / f"{chunk}.jsonl", engine, chunk) as cache:
+            with pytest.raises(RefusedRequest, match=f"refuses .HTTP {code}") as e:
+                cache.answers([Request((), p) for p in [*prompts, prompts[2]]])
+            assert sorted(e.value.reasons) == [2, 5, 9] and "\n" not in str(e.value)
+            assert e.value.texts == ["" if p.startswith("fail") else f"0 images: {p}" for p in [*prompts, prompts[2]]]
+        files.append((tmp_path / f"{chunk}.jsonl").read_bytes())
+    assert files[0] == files[1] == files[2]
+    with AnswerCache(tmp_path / "100.jsonl", engine) as cache:
+        cache.answers([Request((), p) for p in prompts if p.startswith("fine")])
+        assert cache.asked == 0
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 500])
+def test_a_refusal_of_everyone_is_no_single_requests(server, code):
+    with pytest.raises(InputError) as e:
+        engine_of(server, attempts=1).generate([Request((), f"fail 99 {code} all"), Request((), "fail 99 400 c")])
+    assert not isinstance(e.value, RefusedRequest) and f"HTTP {code}" in str(e.value)
 
 
 # Asks until a signal comes; says how it ended. SIGTERM raises, as outside training in a run.

@@ -21,7 +21,7 @@ from counter_clips import write_counter
 
 from tempo_fast.config import GenerationConfig, VideoConfig
 from tempo_fast.errors import InputError
-from tempo_fast.generation import Request, make_engine
+from tempo_fast.generation import RefusedRequest, Request, make_engine
 from tempo_fast.models.family import CLIP_MEAN, CLIP_STD
 from tempo_fast.models.load import load_bundle
 from tempo_fast.trees.vision import FeatureCache
@@ -178,6 +178,33 @@ def test_what_is_asked(vllm: Any, tiny_path: str, reader: Any) -> None:
     }  # fmt: skip
     with pytest.raises(InputError, match="set up for 2 videos, not 3"):
         engine.generate([Request([reader.plan(reader.path, [1])] * 3, "Say it.")])
+
+
+@pytest.mark.parametrize("long", [[0], [3], [1, 4], [0, 1, 2, 3, 4]])
+def test_a_prompt_longer_than_the_model_takes(
+    vllm: Any, tiny_path: str, reader: Any, monkeypatch: pytest.MonkeyPatch, long: list[int]
+) -> None:
+    """vLLM refuses all that are handed over with it (vllm/v1/engine/input_processor.py, _validate_prompt_len)."""
+    bundle = load_bundle(tiny_path, "float32", "cpu", weights=False)
+    engine = make_engine(GenerationConfig(engine="vllm"), bundle, reader, None, 3)
+
+    def generate(prompts: Any, parameters: Any, **options: Any) -> list[Any]:
+        for prompt in prompts:
+            if "long" in prompt["prompt"]:
+                raise ValueError("The decoder prompt (length 99) is longer than the maximum model length of 64. Make")
+            if "bug" in prompt["prompt"]:
+                raise ValueError("something else")
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=p["prompt"])]) for p in prompts]
+
+    monkeypatch.setattr(engine.llm, "generate", generate)
+    requests = [Request((), f"{'long' if i in long else 'short'} {i}") for i in range(5)]
+    with pytest.raises(RefusedRequest, match=r"^generation\.engine: vllm refuses .*longer than the maximum") as e:
+        engine.generate(requests)
+    assert sorted(e.value.reasons) == long
+    for i, text in enumerate(e.value.texts):
+        assert (text == "") if i in long else f"short {i}" in text
+    with pytest.raises(ValueError, match="something else"):
+        engine.generate([Request((), "bug")])
 
 
 @pytest.mark.parametrize("rank, reserved", [(1, 1), (3, 8), (33, 64)])

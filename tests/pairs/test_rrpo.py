@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tempo_fast.config import GenerationConfig, PairsConfig, RRPOPairsConfig, RunConfig, VideoConfig
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, read_jsonl
-from tempo_fast.generation import AnswerCache, make_engine
+from tempo_fast.generation import AnswerCache, RefusedRequest, Request, make_engine
 from tempo_fast.pairs.answers import is_correct, prompt_of
+from tempo_fast.pairs.asking import ask_by_video
 from tempo_fast.pairs.formats import mask, read_pairs, write_pairs
 from tempo_fast.pairs.method import Context, Item
 from tempo_fast.pairs.phrases import MARK_PROMPT, REWRITE_PROMPT, by_judge, by_rules
@@ -409,6 +410,62 @@ def test_videos_that_break_leave_the_others():
 
     with pytest.raises(InputError, match="cannot be reached"):
         make_rrpo(items, context(model=Down()))
+
+
+class Choosy:
+    """An engine that refuses some requests, answers the others, and breaks on files."""
+
+    def __init__(self):
+        self.asked = []
+
+    def provenance(self):
+        return {"model": "m0"}
+
+    def generate(self, requests, desc=""):
+        self.asked += requests
+        for r in requests:
+            if "broken" in r.plans[0].video:
+                raise InputError(f"{r.plans[0].video}: cannot be decoded")
+        bad = {
+            k: "generation.endpoint: refuses (HTTP 400)" for k, r in enumerate(requests) if "long" in r.plans[0].video
+        }
+        texts = ["" if k in bad else says(r.plans[0], r.prompt) for k, r in enumerate(requests)]
+        if bad:
+            raise RefusedRequest(bad, texts)
+        return texts
+
+
+@pytest.mark.parametrize("broken", [[], ["broken.mp4"]])
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_a_refused_request_fails_its_video_alone(tmp_path, broken, chunk):
+    names = ["a.mp4", "long.mp4", *broken, "b.mp4", "also_long.mp4"]
+    files = []
+    for _ in range(2):
+        engine = Choosy()
+        with AnswerCache(tmp_path / "answers.jsonl", engine, chunk) as cache:
+            part = make_rrpo([item(n) for n in names], context(model=cache.answers))
+        files.append((tmp_path / "answers.jsonl").read_bytes())
+        assert {f["video"] for f in part.failed} == {"long.mp4", "also_long.mp4", *broken}
+        assert len(part.failed) == 2 + len(broken) and all(f["reason"] for f in part.failed)
+        assert part.records == make_rrpo([item("a.mp4"), item("b.mp4")], context()).records != []
+    assert files[0] == files[1]
+
+
+def test_groups_of_a_video_that_failed_have_no_answers():
+    """Several groups about one video: one that is refused fails it, and it is put down once."""
+    plans = [FramesReader().plan(n) for n in ("a.mp4", "b.mp4", "a.mp4", "c.mp4", "d.mp4")]
+    groups = [[Request((p,), f"Does it rain?\n{k}")] * 2 for k, p in enumerate(plans)]
+
+    def ask(requests, desc):
+        bad = {k: "too long" for k, r in enumerate(requests) if r.prompt.endswith("2")}
+        if bad:
+            raise RefusedRequest(bad, ["x"] * len(requests))
+        return ["x"] * len(requests)
+
+    failed = [{"video": "d.mp4", "reason": "before"}]
+    told = ask_by_video(ask, [p.video for p in plans], [*groups[:3], None, groups[4]], "", failed)
+    assert told == [None, ["x", "x"], None, None, None]
+    assert failed == [{"video": "d.mp4", "reason": "before"}, {"video": "a.mp4", "reason": "too long"}]
 
 
 def test_a_reference_that_names_no_option_is_reported():

@@ -113,6 +113,7 @@ def pairs(run: Run) -> dict[str, Any]:
             "videos": audit["videos"],
             "coincide": audit["coincide"],
             "quarantined": audit["failed"],
+            "again": any(f.get("again") for f in audit["failed"]),
         }
 
     return run.step("pairs", inputs, work, outputs=lambda: [*files, folder / "audit.json"], collective=True)

@@ -149,7 +149,10 @@ class Run:
         path = self.out / "state" / f"{name}.json"
         key = digest([__version__, name, inputs])
         state = _state(path)
-        if state.get("inputs") == key and all(
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        # ranks do not repeat it: a quick one could take the old result before the first has removed it
+        again = state.get("again", False) and world == 1
+        if state.get("inputs") == key and not again and all(
             (self.out / file).is_file() and (self.out / file).stat().st_size == size
             for file, size in state["outputs"].items()
         ):
@@ -169,13 +172,11 @@ class Run:
             return self._wait(path, key)
         sizes = {os.path.relpath(f, self.out): f.stat().st_size for f in outputs() if f.is_file()}
         seconds = time.perf_counter() - begin
-        done = key
-        if result.pop("again", False):
-            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-                done = ""  # the next run looks again
-            else:  # the other ranks wait for this result, by its inputs
-                log.info("%s: some failures are worth another try: run this step again without torchrun", name)
-        write_json(path, {"inputs": done, "seconds": seconds, "outputs": sizes, "result": result})
+        again = result.pop("again", False)
+        if again and world > 1:
+            log.info("%s: some failures are worth another try: run this step again without torchrun", name)
+        state = {"inputs": key, "seconds": seconds, "outputs": sizes, "again": again, "result": result}
+        write_json(path, state)
         return result
 
     def await_shards(self, name: str, missing: Callable[[], list[str]]) -> None:

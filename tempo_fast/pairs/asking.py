@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tempo_fast.errors import InputError
 from tempo_fast.generation import RefusedRequest, Request
-from tempo_fast.pairs.method import Ask
+from tempo_fast.pairs.method import Ask, failure
 
 
 def ask_by_video(
@@ -17,7 +17,7 @@ def ask_by_video(
     failed: list[dict[str, str]],
 ) -> list[list[str] | None]:
     """Answers per group of requests, each about one of ``videos``. When a video breaks, or a request about it is
-    refused, the others go on; all its groups have None and it is appended to ``failed`` as {"video", "reason"}. Groups
+    refused, the others go on; all its groups have None and it is appended to ``failed`` (method.failure). Groups
     that are None, and videos in ``failed`` already, are not asked about.
 
     Raises:
@@ -25,10 +25,10 @@ def ask_by_video(
     """
     reasons = {f["video"]: f["reason"] for f in failed}
 
-    def fail(video: str, reason: str) -> None:
+    def fail(video: str, error: Exception | str) -> None:
         if video not in reasons:
-            reasons[video] = reason
-            failed.append({"video": video, "reason": reason})
+            reasons[video] = str(error)
+            failed.append(failure(video, error))
 
     def answers(shown: Sequence[str], asked: Sequence[Sequence[Request]], desc: str) -> list[list[str]]:
         refused: dict[int, str] = {}
@@ -59,7 +59,7 @@ def ask_by_video(
             except InputError as e:
                 if video not in str(e):
                     raise
-                fail(video, str(e))
+                fail(video, e)
                 told.append([])
     return [
         None if group is None or video in reasons else texts

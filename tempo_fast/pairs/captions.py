@@ -14,7 +14,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.generation import Request
 from tempo_fast.pairs.aggregate import clean_caption
 from tempo_fast.pairs.asking import ask_by_video
-from tempo_fast.pairs.method import Ask
+from tempo_fast.pairs.method import Ask, failure
 from tempo_fast.prompts import CLIP_PROMPT, WINDOW_PROMPT
 from tempo_fast.schema import Clips
 
@@ -39,7 +39,7 @@ class Captioner:
 
     Args:
         ask: puts requests to the model (method.Ask).
-        failed: videos that could not be read are appended here as {"video", "reason"} and left out.
+        failed: videos that could not be read are appended here (method.failure) and left out.
     """
 
     def __init__(self, reader: Any, config: PairsConfig, ask: Ask, failed: list[dict[str, str]]) -> None:
@@ -72,16 +72,16 @@ class Captioner:
                 if index not in plans:
                     plans[index] = clip_plan(self.reader, clips, index, self.config.clip_input)
         except InputError as e:
-            self.fail(clips, str(e))
+            self.fail(clips, e)
             return None
         return [
             Request(tuple(plans[i] for i in window), CLIP_PROMPT if len(window) == 1 else WINDOW_PROMPT)
             for window in windows_of(order)
         ]
 
-    def fail(self, clips: Clips, reason: str) -> None:
+    def fail(self, clips: Clips, error: Exception | str) -> None:
         if not self.is_failed(clips):
-            self.failed.append({"video": clips.video, "reason": reason})
+            self.failed.append(failure(clips.video, error))
 
     def is_failed(self, clips: Clips) -> bool:
         return any(f["video"] == clips.video for f in self.failed)

@@ -25,7 +25,7 @@ from tempo_fast.generation import Request
 from tempo_fast.pairs.answers import kind_of, prompt_of
 from tempo_fast.pairs.asking import ask_by_video
 from tempo_fast.pairs.judge import words
-from tempo_fast.pairs.method import Context, Item, Part
+from tempo_fast.pairs.method import Context, Item, Part, failure
 from tempo_fast.pairs.metrics import metric_of
 from tempo_fast.pairs.spans import differing_words
 from tempo_fast.schema import PreferenceRecord, QARecord, Rejected
@@ -120,7 +120,7 @@ def _plans(item: Item, context: Context, part: Part) -> list[_Seen]:
         whole = context.reader.plan(item.video)
         sparse = context.reader.plan_sparse(item.video, own.frames[number % len(own.frames)], seed)
     except InputError as e:
-        part.failed.append({"video": item.video, "reason": str(e)})
+        part.failed.append(failure(item.video, e))
         _filter(part, context, "video_failed", len(item.questions))
         return []
     return [_Seen(item, whole, sparse, [_Asked(q, prompt_of(q)) for q in item.questions])]

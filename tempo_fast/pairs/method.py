@@ -58,7 +58,7 @@ class Part:
     """What came of a bucket.
 
     ``records`` of any r, in the order of the items; ``tallies`` by (r, kind); ``failed`` videos that could not be read
-    ({"video", "reason"}); ``counts`` of whatever a method wants in the audit; ``problems`` to be looked at
+    (see ``failure``); ``counts`` of whatever a method wants in the audit; ``problems`` to be looked at
     ({"record", "what"}), such as a key phrase that is not in its answer.
     """
 
@@ -70,6 +70,18 @@ class Part:
 
     def tally(self, r: int, kind: str) -> Tally:
         return self.tallies.setdefault((r, kind), Tally())
+
+
+def failure(video: str, error: Exception | str) -> dict[str, str]:
+    """A row of ``Part.failed``; ``again`` says why it may go well another time, where the file is not at fault."""
+    from tempo_fast.video.container import DecodeTimeout
+    from tempo_fast.video.frames import not_of_the_file
+
+    row = {"video": video, "reason": str(error)}
+    if isinstance(error, Exception):
+        again = "timeout" if isinstance(error, DecodeTimeout) else not_of_the_file(error)
+        row |= {"again": again} if again else {}
+    return row
 
 
 class Method(Protocol):

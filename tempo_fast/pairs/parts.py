@@ -89,12 +89,14 @@ class Parts:
         """Where the records of a finished bucket are."""
         return self.out / "parts" / f"{bucket.name}.jsonl"
 
-    def is_done(self, bucket: Bucket) -> bool:
-        """Whether its records are there, made from the same inputs."""
+    def is_done(self, bucket: Bucket, *, settled: bool = False) -> bool:
+        """Whether its records are there, made from the same inputs; ``settled``: with no failure of a video that may go
+        well another time."""
         try:
             with open(self.path(bucket), "rb") as f:
-                return json.loads(f.readline())["key"] == self._key(bucket)
-        except (OSError, ValueError, KeyError, TypeError):
+                head = json.loads(f.readline())
+            return head["key"] == self._key(bucket) and not (settled and any(f.get("again") for f in head["failed"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def keep(self, bucket: Bucket, part: Part) -> None:

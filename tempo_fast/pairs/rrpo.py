@@ -17,7 +17,7 @@ from tempo_fast.generation import Request
 from tempo_fast.pairs.answers import is_correct, judge_prompt, kind_of, prompt_of, read_verdict, reference_choice
 from tempo_fast.pairs.asking import ask_by_video
 from tempo_fast.pairs.choices import plain
-from tempo_fast.pairs.method import Context, Item, Part
+from tempo_fast.pairs.method import Context, Item, Part, failure
 from tempo_fast.pairs.phrases import Phrases, by_judge, by_rules, by_words
 from tempo_fast.pairs.spans import union
 from tempo_fast.perturb import ClipOrder, perturb
@@ -94,7 +94,7 @@ def _questions(item: Item, context: Context, part: Part) -> Iterable[_Asked]:
         orders = [perturb(kind, n, r, seed, labels=plan.indices) for r, kind in wanted]
         shown = [None if o is None else context.reader.plan_frames(item.video, o.order, o.blank) for o in orders]
     except InputError as e:
-        part.failed.append({"video": item.video, "reason": str(e)})
+        part.failed.append(failure(item.video, e))
         for _ in usable:
             _filter(part, wanted, "video_failed")
         return

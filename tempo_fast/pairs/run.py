@@ -95,8 +95,8 @@ class PairsJob:
         self.parts = Parts(self.items, self.config, self.out, settings)
 
     def work(self, bucket: Bucket, *, quiet: bool = True) -> None:
-        """Make and keep the records of a bucket, unless they are there."""
-        if self.parts.is_done(bucket):
+        """Make and keep the records of a bucket, unless they are there; videos that may go well now are tried again."""
+        if self.parts.is_done(bucket, settled=True):
             return
         with ExitStack() as stack:
             ask = self._ask("answers", bucket, self.engine, quiet, stack)

@@ -16,7 +16,7 @@ from tempo_fast.errors import InputError
 from tempo_fast.generation import Request
 from tempo_fast.pairs.answers import prompt_of
 from tempo_fast.pairs.asking import ask_by_video
-from tempo_fast.pairs.method import Context, Item, Part
+from tempo_fast.pairs.method import Context, Item, Part, failure
 from tempo_fast.pairs.metrics import metric_of
 from tempo_fast.schema import QARecord
 
@@ -50,7 +50,7 @@ def draw_samples(
         try:
             plan = context.reader.plan(item.video)
         except InputError as e:
-            failed.append({"video": item.video, "reason": str(e)})
+            failed.append(failure(item.video, e))
             continue
         readable.append(item)
         groups.append(

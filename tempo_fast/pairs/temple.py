@@ -103,7 +103,7 @@ def _caption_whole(draws: Sequence[_Draw], videos: Sequence[Clips], captioner: C
             ]
             groups.append([Request((plan,), prompt) for plan in plans])
         except InputError as e:
-            captioner.fail(video, str(e))
+            captioner.fail(video, e)
             groups.append(None)
     shown = [videos[d.video] for d in draws]
     for draw, texts in zip(draws, captioner.ask(shown, groups, "whole videos"), strict=True):

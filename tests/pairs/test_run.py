@@ -25,6 +25,7 @@ from tempo_fast.pairs.parts import Bucket, make_buckets
 from tempo_fast.pairs.run import PairsJob, make_pairs
 from tempo_fast.runtime.shards import Shard
 from tempo_fast.schema import PreferenceRecord, read_records
+from tempo_fast.video.container import DecodeTimeout
 
 MANY = [video(f"{i:02d}.mp4", 4 + i % 9) for i in range(23)]
 SMALL = replace(CONFIG, bucket_videos=3)
@@ -234,3 +235,32 @@ def test_other_bytes_of_a_video_are_another_version(tmp_path):
     changed = PairsJob([replace(items[0], version="10-2"), *items[1:]], SMALL, tmp_path, Scripted(), ClipReader())
     [bucket] = changed.parts.missing()
     assert items[0].video in {i.video for i in bucket.items}
+
+
+def test_what_failed_for_want_of_time_is_tried_again(tmp_path):
+    """A timeout says nothing of the file; a broken file stays failed, and nobody looks at it twice."""
+
+    class Slow(ClipReader):
+        late = True
+
+        def plan(self, path, indices=None):
+            if "01" in path and self.late:
+                raise DecodeTimeout(f"{path}: took longer than 1 s")
+            return super().plan(path, indices)
+
+    videos = [*MANY[:3], video("gone.mp4", 5)]
+    reader = Slow()
+    first = PairsJob(items_of(videos), SMALL, tmp_path, Scripted(), reader)
+    first.run()
+    failed = {f["video"]: f.get("again") for f in first.parts.merge()["failed"]}
+    assert failed == {"01.mp4": "timeout", "gone.mp4": None}
+    reader.late = False
+    second = PairsJob(items_of(videos), SMALL, tmp_path, Scripted(), reader)
+    second.run()
+    assert [f["video"] for f in second.parts.merge()["failed"]] == ["gone.mp4"]
+    pairs_of(videos, Scripted(), SMALL, tmp_path / "fresh")
+    assert result(tmp_path) == result(tmp_path / "fresh")
+    again = Scripted()
+    third = PairsJob(items_of(videos), SMALL, tmp_path, again, reader)
+    third.run()
+    assert again.asked == [] and all(third.parts.is_done(b, settled=True) for b in third.parts.buckets)

@@ -187,7 +187,8 @@ def test_gives_up_with_one_sentence(server):
 
 
 @pytest.mark.parametrize(
-    "reply", ["[]", '"hi"', "3", '{"data": ["x"]}', '{"data": [{"name": "x"}]}', '{"data": {"id": "x"}}', '{"data": [[]]}',
+    "reply", ["[]", '"hi"', "3", '{"data": ["x"]}', '{"data": [{"name": "x"}]}', '{"data": [[]]}',
+              '{"data": {"id": "x"}}',
               '{"data": "x"}', '{"data": [{"id": 3}]}', '{"data": [{"id": "x"}, null]}'],
 )  # fmt: skip
 def test_lists_of_models_in_another_form(server, reply):

@@ -8,6 +8,8 @@ from tempo_fast.errors import InputError
 from tempo_fast.generation import RefusedRequest, Request
 from tempo_fast.pairs.method import Ask, failure
 
+_TOO_MANY = 3  # videos of which every request is refused
+
 
 def ask_by_video(
     ask: Ask,
@@ -35,6 +37,8 @@ def ask_by_video(
         try:
             texts = ask([request for group in asked for request in group], desc)
         except RefusedRequest as e:
+            if len(e.reasons) == len(e.texts) and len(set(shown)) > _TOO_MANY:
+                raise  # nothing that is asked pleases the endpoint: no video is at fault
             texts, refused = e.texts, e.reasons
         numbered = iter(enumerate(texts))
         out = []

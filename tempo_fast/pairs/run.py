@@ -19,7 +19,7 @@ from typing import Any
 
 from tempo_fast.config import PairsConfig
 from tempo_fast.files import digest, file_digest
-from tempo_fast.generation import AnswerCache, Engine
+from tempo_fast.generation import AnswerCache, Engine, RefusedRequest, Request
 from tempo_fast.pairs.judge import measures
 from tempo_fast.pairs.method import Ask, Context, Item, Method, Part
 from tempo_fast.pairs.parts import Bucket, Parts
@@ -127,7 +127,17 @@ class PairsJob:
         own = self.out / folder / f"{bucket.name}.jsonl"
         kin = [p for p in sorted(own.parent.glob("*.jsonl")) if p != own and bucket.related(p.stem)]
         cache = stack.enter_context(AnswerCache(own, engine, also=kin))
-        return lambda requests, desc: cache.answers(requests, "" if quiet else desc)
+
+        def ask(requests: Sequence[Request], desc: str) -> list[str]:
+            try:
+                return cache.answers(requests, "" if quiet else desc)
+            except RefusedRequest as e:
+                # words that are too long for a model have no video that fails; an empty answer is no verdict, no text
+                if any(request.plans for request in requests):
+                    raise
+                return e.texts
+
+        return ask
 
     def run(self, shard: Shard = ALL, check: Callable[[], None] = lambda: None) -> None:
         """Work on this shard's buckets. ``check`` is called between them; may raise to stop."""

@@ -20,6 +20,7 @@ from scripted_pairs import CONFIG, ClipReader, Scripted, items_of, pairs_of, vid
 
 from tempo_fast.errors import InputError
 from tempo_fast.files import digest, file_digest
+from tempo_fast.generation import RefusedRequest
 from tempo_fast.pairs.method import Item
 from tempo_fast.pairs.parts import Bucket, make_buckets
 from tempo_fast.pairs.run import PairsJob, make_pairs
@@ -264,3 +265,31 @@ def test_what_failed_for_want_of_time_is_tried_again(tmp_path):
     third = PairsJob(items_of(videos), SMALL, tmp_path, again, reader)
     third.run()
     assert again.asked == [] and all(third.parts.is_done(b, settled=True) for b in third.parts.buckets)
+
+
+def test_refused_requests_fail_their_video_and_refused_words_their_pair(tmp_path):
+    """Too long for the model: of a video, or of captions to tell; a model that refuses everything ends the run."""
+
+    class Short(Scripted):
+        def generate(self, requests, desc=""):
+            texts = [None if self.refuses(r) else self._answer(r) for r in requests]
+            if None in texts:
+                reasons = {i: "too long" for i, t in enumerate(texts) if t is None}
+                raise RefusedRequest(reasons, [t or "" for t in texts])
+            return texts
+
+        def refuses(self, r):
+            return any("01" in p.video for p in r.plans) or (not r.plans and "Event 6." in r.prompt)
+
+    config = replace(CONFIG, aggregate="model")
+    records, audit = pairs_of(MANY[:5], Short(), config, tmp_path)
+    assert [f["video"] for f in audit["failed"]] == ["01.mp4"]
+    # videos of 7 and more clips have captions that are too long to tell; one of 4 and one of 6 are left
+    assert {x.video for rows in records.values() for x in rows} == {"00.mp4", "02.mp4"}
+
+    class Never(Short):
+        def refuses(self, r):
+            return True
+
+    with pytest.raises(InputError, match="too long"):
+        pairs_of(MANY[:5], Never(), config, tmp_path / "never")

@@ -325,9 +325,9 @@ def _merge(root: Path, shards: dict[str, Shard], group: Sequence[str], rows: Kep
     for _, (key, _, n) in rows:
         told.append((key, start, n))
         start += n
-    name, payload = encode(header.form, header.fields, told, tensors)
-    path = root / "shards" / name
-    write_atomic(path, lambda f: f.write(payload))
+    shard = encode(header.form, header.fields, told, tensors)
+    path = root / "shards" / shard.name
+    write_atomic(path, shard.write)
     used = max(shards[n].used for n in mapped)
     os.utime(path, (used, used))  # merging is no use of it
     return path

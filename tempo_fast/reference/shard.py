@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,15 +64,46 @@ class Header(NamedTuple):
         return sum(n for _, _, n in self.rows)
 
 
-def encode(form: str, fields: str, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
-    """(file name, bytes) of a shard. ``tensors`` are the form's, on the CPU and contiguous."""
-    from safetensors.torch import save
+class Encoded(NamedTuple):
+    """A shard to be written."""
 
-    header = {
-        "format": str(FORMAT), "fields": fields, "kl": str(int(form == MEAN)), "form": form, "rows": json.dumps(rows)
+    name: str
+    chunks: list[Any]
+    """Bytes-like, in order."""
+    size: int
+
+    def write(self, f: BinaryIO) -> None:
+        for chunk in self.chunks:
+            f.write(chunk)
+
+
+def encode(form: str, fields: str, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> Encoded:
+    """A shard of the form's ``tensors``, on the CPU.
+
+    The same answers give the same bytes, and so the same name, whoever writes them; safetensors' own writer puts the
+    header's strings in any order.
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": str(FORMAT), "fields": fields, "kl": str(int(form == MEAN)), "form": form,
+            "rows": json.dumps(rows),
+        }
     }  # fmt: skip
-    payload = save(dict(tensors), header)
-    return hashlib.sha256(payload).hexdigest() + SUFFIX, payload
+    chunks: list[Any] = []
+    end = 0
+    for name in tensors_of(form):  # hidden states last: the others' numbers are no narrower
+        tensor = tensors[name].contiguous()
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        told = next(k for k, v in _DTYPES.items() if v == tensor.dtype)
+        header[name] = {"dtype": told, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        chunks.append(tensor.view(-1).view(torch.uint8).numpy())
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    chunks = [len(text).to_bytes(8, "little") + text, *chunks]
+    h = hashlib.sha256()
+    for chunk in chunks:
+        h.update(chunk)
+    return Encoded(h.hexdigest() + SUFFIX, chunks, 8 + len(text) + end)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -125,12 +156,7 @@ class Mapped:
 
     def __init__(self, path: Path, header: Header | None = None) -> None:
         header = header or read_header(path)
-        try:
-            whole = torch.from_file(str(path), shared=False, size=header.size, dtype=torch.uint8)
-        except RuntimeError as e:
-            if os.stat(path).st_size != header.size:
-                raise ValueError("cut off") from e
-            raise InputError(f"{path}: cannot be mapped into memory ({e})") from e
+        whole = _map(path, header.size)
         self.address = whole.data_ptr()
         self.tensors: dict[str, Tensor] = {}
         for name, (dtype, shape, first) in header.places.items():
@@ -138,3 +164,15 @@ class Mapped:
             for n in shape:
                 count *= n
             self.tensors[name] = whole[first : first + count].view(dtype).view(shape)
+
+
+def _map(path: Path, size: int) -> Tensor:
+    problem: Exception | None = None
+    for _ in range(3):  # gc may have moved it aside and back in between
+        try:
+            return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as e:
+            problem = e
+        if os.stat(path).st_size != size:
+            raise ValueError("cut off") from problem
+    raise InputError(f"{path}: cannot be mapped into memory ({problem})") from problem

@@ -22,6 +22,7 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -336,13 +337,14 @@ class ReferenceStore:
         for key, s in entries.items():
             rows.append((key, start, len(s.logp)))
             start += len(s.logp)
-        name, payload = encode(form, canonical_json(self.fields), rows, tensors)
-        write_atomic(self._shards / name, lambda f: f.write(payload))
+        shard = encode(form, canonical_json(self.fields), rows, tensors)
+        name = shard.name
+        write_atomic(self._shards / name, shard.write)
         with self._lock:
             self.holder.beat()
             self._known.add(name)
             self._sound.add(name)
-            self._index.enter(name, Header(canonical_json(self.fields), form, rows, {}, len(payload)))
+            self._index.enter(name, Header(canonical_json(self.fields), form, rows, {}, shard.size))
         return name
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -432,10 +434,18 @@ class ReferenceStore:
 
     def _drop(self, shard: str, why: str) -> None:
         lost = self._leave(shard)
+        self._known.discard(shard)  # the same answers, computed again, make a shard of the same name
         where = self._shards / shard
         log.warning("%s: damaged shard dropped, %d answers are computed again: %s", where, lost, why)
+        aside = where.with_name(f".{shard}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            where.unlink(missing_ok=True)
+            os.replace(where, aside)
+            if file_digest(aside) == digest_of(shard):  # another process has already written it anew
+                os.replace(aside, where)
+            else:
+                aside.unlink()
+        except FileNotFoundError:
+            pass
         except OSError as e:
             raise InputError(f"{where}: damaged and cannot be deleted ({e.strerror})") from e
 

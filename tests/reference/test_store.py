@@ -245,3 +245,95 @@ def test_the_fields_of_a_bundle_name_the_architecture(tiny_path: str, tmp_path: 
     assert reference_fields(empty) == reference_fields(half)
     assert compatible_fields(empty) == compatible_fields(bundles[0])
     assert compatible_fields(empty, "dense") == {**compatible_fields(empty), "attention": "dense"}
+
+
+@pytest.mark.parametrize("form", ["scalars", "mean_embedding", "hidden.bfloat16", "hidden.float32"])
+def test_a_shard_is_a_safetensors_file_and_always_the_same(tmp_path: Path, form: str) -> None:
+    from safetensors.torch import load_file
+
+    entries = {f"{i}": statistics(1 + i, kl=form == "mean_embedding", seed=i) for i in range(3)}
+    hidden = None
+    if form.startswith("hidden"):
+        dtype = getattr(torch, form.removeprefix("hidden."))
+        hidden = {key: torch.randn(len(s.logp), D).to(dtype) for key, s in entries.items()}
+    names = {ReferenceStore(tmp_path / x, FIELDS).put(entries, hidden) for x in "ab"}
+    assert len(names) == 1 and names == {p.name for p in shards(tmp_path / "a")}
+    tensors = load_file(shards(tmp_path / "a")[0])
+    for name in ("logp", "lse"):
+        assert torch.equal(tensors[name], torch.cat([getattr(s, name) for s in entries.values()]))
+    if hidden is not None:
+        assert torch.equal(tensors["hidden"], torch.cat(list(hidden.values())))
+        assert "mean_embedding" not in tensors
+
+
+def test_shards_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Written by safetensors itself, without ``form``."""
+    import hashlib
+
+    from safetensors.torch import save
+
+    from tempo_fast.files import canonical_json
+
+    for kl in (False, True):
+        truth = statistics(5, kl=kl, seed=7)
+        header = {
+            "format": "1", "fields": canonical_json(FIELDS), "kl": str(int(kl)),
+            "rows": json.dumps([["a", 0, 2], ["b", 2, 3]]),
+        }  # fmt: skip
+        payload = save({k: v for k, v in truth._asdict().items() if v is not None}, header)
+        path = tmp_path / str(kl) / "shards" / f"{hashlib.sha256(payload).hexdigest()}.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(payload)
+        store = ReferenceStore(tmp_path / str(kl), FIELDS)
+        assert store.missing(["a", "b"], kl=kl) == []
+        found = store.get(["b", "a"], kl=kl)
+        assert torch.equal(found.logp, truth.logp[[2, 3, 4, 0, 1]])
+        assert kl == (found.mean_embedding is not None)
+
+
+def test_hidden_states_serve_their_dtype_and_all_serve_scalars(tmp_path: Path) -> None:
+    scalars, hidden = {"a": statistics(3, kl=False)}, {"a": torch.randn(3, D).bfloat16()}
+    ReferenceStore(tmp_path, FIELDS).put(scalars, hidden)
+    opened = {
+        f: ReferenceStore(tmp_path, FIELDS, form=f) for f in ("mean_embedding", "hidden.bfloat16", "hidden.float32")
+    }
+    for form, store in opened.items():
+        store.kl = True
+        assert store.missing(["a"]) == ([] if form == "hidden.bfloat16" else ["a"])
+        assert store.missing(["a"], kl=False) == []
+        assert torch.equal(store.get(["a"], False).lse, scalars["a"].lse)
+        assert torch.equal(store.read(["a"], False).logp, scalars["a"].logp)
+    assert torch.equal(opened["hidden.bfloat16"].read(["a", "a"]), torch.cat([hidden["a"]] * 2))
+    with pytest.raises(InputError, match="missing"):
+        opened["hidden.float32"].read(["a"])
+
+
+def test_a_shard_cut_off_after_it_was_verified_is_dropped_not_crashed_on(tmp_path: Path) -> None:
+    ReferenceStore(tmp_path, FIELDS).put({"a": statistics(400, kl=True)})
+    for cut in (5, 3000, 100_000):
+        ReferenceStore(tmp_path, FIELDS).put({"a": statistics(400, kl=True)})
+        store = ReferenceStore(tmp_path, FIELDS)
+        assert store.missing(["a"], kl=True) == []
+        (path,) = shards(tmp_path)
+        path.write_bytes(path.read_bytes()[:-cut])
+        with pytest.raises(InputError, match="1 of 1 answers are missing or damaged"):
+            store.get(["a"], kl=True)
+        assert store.missing(["a"], kl=True) == ["a"]
+
+
+def test_a_damaged_shard_that_another_process_has_replaced_stays(tmp_path: Path) -> None:
+    """Both find the damage, one drops and computes again before the other drops."""
+    one, two = ReferenceStore(tmp_path, FIELDS), ReferenceStore(tmp_path, FIELDS)
+    name = one.put({"a": statistics(4, kl=True)})
+    two.refresh()
+    path, whole = tmp_path / "shards" / name, (tmp_path / "shards" / name).read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = ReferenceStore(tmp_path, FIELDS)
+    assert again.missing(["a"], kl=True) == ["a"]
+    assert again.put({"a": statistics(4, kl=True)}) == name  # the same name again
+    two._drop(name, "as it was read before")
+    assert path.read_bytes() == whole and [p.name for p in (tmp_path / "shards").iterdir()] == [name]
+    two.adopt([name])
+    for store in (two, again, ReferenceStore(tmp_path, FIELDS)):
+        assert store.missing(["a"], kl=True) == []
+        assert torch.equal(store.get(["a"], True).logp, statistics(4, kl=True).logp)

@@ -17,7 +17,9 @@ Under ZeRO-3 a frozen vision tower is whole on every rank, and so is what has fe
 ``stage3_param_persistence_threshold``. Gathered is, at the turn from forward to backward, what is used again within
 ``stage3_max_reuse_distance`` elements, which is the last half of that distance, and what is prefetched
 (``stage3_prefetch_bucket_size``); the prefetched also as the one buffer in which it came, until the last of it is used;
-and the head. Offloading moves gradients and optimizer to the host; ``offload_param`` the partitions of the weights.
+and the head. While a bucket is reduced, stage 3 has it a second time in the order of the ranks (gloo a third time), and
+stage 2 has one of bfloat16 made flat and cast to float32. Offloading moves gradients and optimizer to the host;
+``offload_param`` the partitions of the weights.
 
 Sources: Rajbhandari et al., arXiv 1910.02054 (the division); DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py
 (masters, buckets, flat gradients, in float32 mode), partitioned_param_coordinator.py (reuse and prefetch),
@@ -69,9 +71,10 @@ def states(shape: Shape, s: Setting, zero: Mapping[str, Any]) -> States:
         return States(device, update=own)
     if s.stage == 0:
         return States(device, update=max(own, 4.0 * q))
-    bucket = {"buckets": 4.0 * zero.get("reduce_bucket_size", 0)}
+    bucket = float(zero.get("reduce_bucket_size", 0))
     device |= {"gradients": 4.0 * part, "optimizer": 12.0 * part}
-    found = States(device, turn=bucket, end=bucket, update=12.0 * part)
+    reduced = {"buckets": bucket * _reducing(s, weight)}
+    found = States(device, turn={"buckets": 4.0 * bucket}, end=reduced, update=12.0 * part)
     if s.stage == 3:
         _partition(found, shape, s, zero, weight)
     if s.offload_optimizer:
@@ -79,6 +82,13 @@ def states(shape: Shape, s: Setting, zero: Mapping[str, Any]) -> States:
         found.host["update"] = found.update
         found.update = 0.0
     return found
+
+
+def _reducing(s: Setting, weight: int) -> int:
+    """Bytes of an element of a bucket while it is reduced."""
+    if s.stage == 2:
+        return 4 if weight == 4 else 2 * weight + 4
+    return 8 if s.cuda else 12
 
 
 def _partition(found: States, shape: Shape, s: Setting, zero: Mapping[str, Any], weight: int) -> None:
@@ -93,7 +103,7 @@ def _partition(found: States, shape: Shape, s: Setting, zero: Mapping[str, Any],
     reused = float(zero.get("stage3_max_reuse_distance", 1e9)) / 2
     live = min(float(elements), reused + ahead, float(zero.get("stage3_max_live_parameters", 1e9)))
     found.turn = {**found.turn, "gathered": (live + ahead) * size + z * shape.head}
-    found.end = {**found.end, "gathered": 2 * ahead * size}
+    found.end = {**found.end, "gathered": float(z * max(shape.head, shape.embedding))}
 
 
 def largest_trained(shape: Shape, s: Setting) -> int:

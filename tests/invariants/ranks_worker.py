@@ -138,6 +138,7 @@ def train(
     # a key's bias has next to no gradient: with AdamW's 1e-8 the rounding in it would make steps of full size
     optimizer.ADAM_EPS = 1e-4 if config.tune == "full" else 1e-8
     module, batches = set_up(bundle, objective)
+    batches = batches[2:] if steps == LONG else batches  # for time's sake
     before = {n: p.detach().clone() for n, p in bundle.model.named_parameters() if p.requires_grad}
     engine = make_engine(module, config, ranks)
     lr = 1e-3 if steps == LONG or config.tune == "full" else 1e-2

@@ -100,6 +100,17 @@ def test_other_ends_are_the_jobs_own(cluster: Path, end: str) -> None:
     assert asked(cluster) == []
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02, 0.05])
+@pytest.mark.parametrize("script", ["train.sbatch", "pairs-array.sbatch"])
+def test_a_signal_at_any_moment_of_the_start_ends_the_job(cluster: Path, script: str, delay: float) -> None:
+    """Before the trap is set it ends the script, before the step has a number it is handed on later."""
+    job = start(cluster, script, *(["curate"] if "array" in script else []), "mine.yaml", CODE="75")
+    time.sleep(delay)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) != 0
+    assert not asked(cluster) or asked(cluster)[0].startswith("requeue 41")
+
+
 def test_75_without_a_signal_requeues(cluster: Path) -> None:
     """The cluster may signal the tasks alone."""
     job = start(cluster, "train.sbatch", "mine.yaml", END="75")

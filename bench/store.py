@@ -42,6 +42,8 @@ COLUMNS = (
 Row = dict[str, Any]
 BRANCHES = 4
 """Answers of a tree; they lie side by side in a shard."""
+FORMS_SHAPE = (48, 16384, 512)
+"""N, V, D of ``forms``."""
 
 
 def fill_store(root: Path, tokens: int, d: int, answers_per_shard: int = 32) -> tuple[ReferenceStore, list[list[str]]]:
@@ -188,6 +190,7 @@ def open_part(args: argparse.Namespace, root: Path) -> Iterator[Row]:
             begin = time.perf_counter()
             assert not store.missing(keys)
             laps["verify"].append(1e3 * (time.perf_counter() - begin))
+            del store  # gc leaves alone what is in use
         shards = len(list((root / "shards").iterdir()))
         for what, found in laps.items():
             yield {
@@ -250,7 +253,7 @@ def _bytes(root: Path) -> int:
 
 
 def forms_part(args: argparse.Namespace, root: Path) -> Iterator[Row]:
-    n, v, d = 48, 16384, 512
+    n, v, d = FORMS_SHAPE
     for dtype in (torch.float32, torch.bfloat16):
         g = torch.Generator().manual_seed(0)
         # logits of deviation 5: the likeliest of V words has .4 of the probability, as in a language model
@@ -278,7 +281,7 @@ def forms_part(args: argparse.Namespace, root: Path) -> Iterator[Row]:
                 assert out.kl is not None
                 (found,) = torch.autograd.grad(out.kl.sum(), x)
                 error = {
-                    "kl": float((out.kl.double() - truth.kl).abs().mean() / truth.kl.mean()),
+                    "kl": float((out.kl.detach().double() - truth.kl).abs().mean() / truth.kl.mean()),
                     "d_kl": float((found.double() - truth.d_kl).norm() / truth.d_kl.norm()),
                 }
                 yield {

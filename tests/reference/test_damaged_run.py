@@ -21,12 +21,16 @@ def results(out: Path) -> list[str]:
     return [f"{p.relative_to(out)} {file_digest(p)}" for p in files]
 
 
+def shards(out: Path) -> list[str]:
+    return sorted(p.name for p in (out / "reference").rglob("*.safetensors"))
+
+
 def flip(out: Path, rng: random.Random, bytes_: int = 3) -> set[str]:
     """Three bits, anywhere in the store; returns the shards that they hit."""
-    shards = sorted((out / "reference").rglob("*.safetensors"))
+    files = sorted((out / "reference").rglob("*.safetensors"))
     hit = set()
     for _ in range(bytes_):
-        path = rng.choices(shards, [p.stat().st_size for p in shards])[0]
+        path = rng.choices(files, [p.stat().st_size for p in files])[0]
         data = bytearray(path.read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
@@ -69,3 +73,5 @@ def test_three_flipped_bytes(
     # those that the run reads, all but the first stage's where the second has a reference of its own, were found
     dropped = {shard for shard in hit if f"{shard}: damaged" in caplog.text}
     assert dropped == hit or mode == "previous_stage"
+    if mode == "base":
+        assert shards(tmp_path) == shards(undisturbed["out"] / name)

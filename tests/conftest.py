@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,6 +10,20 @@ import torch
 from tiny_qwen import FakePlan, FakeReader, add_lora, make_bundle, make_tokenizer
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def ordinary_priority():
+    """SVT-AV1, where root encodes with it, leaves the calling thread in the first real-time class: from then on nothing
+    else runs beside that process, nor beside what it forks."""
+    _leave_real_time()
+    yield
+    _leave_real_time()
+
+
+def _leave_real_time() -> None:
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,13 @@ key, first row, number of rows). Shards from before ``form`` are scalars or mean
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import math
+import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,6 +38,8 @@ _FIRST_READ = 1 << 14  # most headers are shorter
 
 Row = tuple[str, int, int]
 """Key, first row, number of rows."""
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Makes a tensor to fill, of a shape and a dtype."""
 
 
 def tensors_of(form: str) -> tuple[str, ...]:
@@ -164,6 +169,45 @@ class Mapped:
             for n in shape:
                 count *= n
             self.tensors[name] = whole[first : first + count].view(dtype).view(shape)
+
+    def willneed(self, start: int, n: int) -> None:
+        """Tell the system that these rows are read soon."""
+        for tensor in self.tensors.values():
+            width = tensor.element_size() * math.prod(tensor.shape[1:])
+            _advise(tensor.data_ptr() + start * width, n * width)
+
+
+def copy_rows(
+    runs: Sequence[tuple[Mapped, int, int]], names: Sequence[str], empty: Empty | None = None
+) -> dict[str, Tensor]:
+    """These tensors of rows [start, end) of shards, one run after the other, in tensors that ``empty`` makes."""
+    total = sum(end - start for _, start, end in runs)
+    make = empty or (lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    out = {}
+    for name in names:
+        parts = [(shard.tensors[name], start, end) for shard, start, end in runs]
+        like = parts[0][0] if parts else torch.empty(0)
+        out[name] = make((total, *like.shape[1:]), like.dtype)
+        at, bytes_out = 0, _bytes(out[name])
+        for tensor, start, end in parts:
+            # by bytes, on this thread alone: torch would start its pool for every answer
+            bytes_out[at : at + end - start] = _bytes(tensor)[start:end]
+            at += end - start
+    return out
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A contiguous tensor [N, ...] as numpy bytes [N, width]."""
+    return tensor.view(len(tensor), -1).view(torch.uint8).numpy() if tensor.numel() else tensor.view(0).numpy()
+
+
+def _advise(address: int, length: int) -> None:
+    """madvise(WILLNEED) where the system has it."""
+    wanted = getattr(mmap, "MADV_WILLNEED", None)
+    if wanted is None or not length:
+        return
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + length - start), wanted)
 
 
 def _map(path: Path, size: int) -> Tensor:

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,11 @@ from tempo_fast.reference.shard import (
     MEAN,
     SCALARS,
     SUFFIX,
+    Empty,
     Header,
     Mapped,
     Row,
+    copy_rows,
     digest_of,
     encode,
     form_of,
@@ -60,8 +61,6 @@ log = logging.getLogger("tempo_fast")
 _OPEN_SHARDS = 1024  # a map holds no file handle
 _THREADS = 8  # a shared file system answers many at once; hashing lets go of the interpreter
 _PATIENCE_S = 10.0  # another machine may see a new file that much later
-
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 def reference_fields(bundle: Bundle) -> dict[str, Any]:
@@ -221,19 +220,7 @@ class ReferenceStore:
                 runs[-1] = (shard, runs[-1][1], entry.start + entry.n)
             else:
                 runs.append((shard, entry.start, entry.start + entry.n))
-        total = sum(end - start for _, start, end in runs)
-        make = empty or (lambda shape, dtype: torch.empty(shape, dtype=dtype))
-        out = {}
-        for name in names:
-            parts = [(shard.tensors[name], start, end) for shard, start, end in runs]
-            like = parts[0][0] if parts else torch.empty(0)
-            out[name] = make((total, *like.shape[1:]), like.dtype)
-            at, bytes_out = 0, _bytes(out[name])
-            for tensor, start, end in parts:
-                # by bytes, on this thread alone: torch would start its pool for every answer
-                bytes_out[at : at + end - start] = _bytes(tensor)[start:end]
-                at += end - start
-        return out
+        return copy_rows(runs, names, empty)
 
     def willneed(self, keys: Sequence[str], kl: bool | None = None) -> None:
         """Tell the system that these answers are read soon: it begins to read them from the disk."""
@@ -241,9 +228,7 @@ class ReferenceStore:
         with self._lock:
             found = [place for key in keys if (place := self._place(key, forms, verify=False)) is not None]
         for shard, entry in found:
-            for tensor in shard.tensors.values():
-                width = tensor.element_size() * math.prod(tensor.shape[1:])
-                _advise(tensor.data_ptr() + entry.start * width, entry.n * width)
+            shard.willneed(entry.start, entry.n)
 
     def refresh(self) -> None:
         """Take up the shards that other processes have written since."""
@@ -468,23 +453,3 @@ Reference = HeadStatistics | Tensor
 def _add_tokens(h: Any, values: Tensor) -> None:
     h.update(f"|{tuple(values.shape)}|".encode())
     h.update(values.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes())
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """A contiguous tensor [N, ...] as numpy bytes [N, width]."""
-    return tensor.view(len(tensor), -1).view(torch.uint8).numpy() if tensor.numel() else tensor.view(0).numpy()
-
-
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-
-
-def _advise(address: int, length: int) -> None:
-    """madvise(WILLNEED) where the system has it."""
-    import ctypes
-    import mmap
-
-    wanted = getattr(mmap, "MADV_WILLNEED", None)
-    if wanted is None or not length:
-        return
-    start = address // _PAGE * _PAGE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + length - start), wanted)
